@@ -1,0 +1,224 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * kvmring's C API: what Python calls, and each function's contract.
+ *
+ * Every function returns a count or 0, or a negative error: -errno as the
+ * kernel gave it, or one of the -KVR_E* below for what only we can know.  A new
+ * owner comes back through the last parameter.  Functions take owners, never an
+ * fd or an address.  Any function may be called from any thread without the
+ * GIL; what must not run twice at once answers -KVR_EINUSE.  Nothing here
+ * allocates per page, logs, or calls back.
+ */
+#ifndef KVMRING_H
+#define KVMRING_H
+
+#include "kvm_compat.h"
+#include <stdint.h>
+
+/* Ours; above the range of errno, so neither can be taken for the other. */
+#define KVR_EFORKED 5001 /* the owner was made by another process */
+#define KVR_ESIZE 5002	 /* a bitmap is not of its slot's size */
+#define KVR_EINUSE 5003	 /* another thread is doing just this */
+#define KVR_ENORING 5004 /* the vCPU was made without a dirty ring */
+
+struct kvr_obj;	   /* one KVM fd: system, VM, vCPU, device or statistics */
+struct kvr_map;	   /* guest RAM */
+struct kvr_ring;   /* one vCPU's dirty ring, or a synthetic one */
+struct kvr_bitmap; /* one bit per page of a slot */
+struct kvr_set;	   /* slot -> bitmap; borrows the bitmaps */
+
+/* One harvested entry.  Sixteen bytes, like the kernel's, with the vCPU that
+ * logged it in the place of the flags. */
+struct kvr_gfn {
+	uint32_t slot;
+	uint32_t vcpu;
+	uint64_t offset;
+};
+
+/* Where a ring broke the protocol. */
+struct kvr_fault {
+	uint64_t taken; /* entries that the failing call had taken before */
+	uint32_t vcpu;
+	uint32_t index; /* position in the ring */
+	uint32_t flags; /* what stood there */
+	uint32_t slot;
+	uint64_t offset;
+};
+
+struct kvr_reset_result {
+	uint64_t reset;	   /* entries that KVM said it reset */
+	uint64_t expected; /* entries that were harvested and not yet reset */
+	uint64_t suspects; /* entries whose pages may have stayed writable */
+	uint32_t calls;	   /* ioctls made */
+	uint32_t unknown;  /* suspects that could not be named any more */
+};
+
+struct kvr_live {
+	int32_t fds, maps, rings;
+};
+
+/* own.c: owners ------------------------------------------------------- */
+
+/* Open a KVM device.  -ENOTTY: not KVM.  -EPROTO: an API version other than 12. */
+int kvr_open(const char *path, struct kvr_obj **out);
+int kvr_create_vm(struct kvr_obj *sys, unsigned long type, struct kvr_obj **out);
+/* Creates the vCPU, maps kvm_run and, where the VM has one, its dirty ring. */
+int kvr_create_vcpu(struct kvr_obj *vm, unsigned long id, struct kvr_obj **out);
+/* With KVM_CREATE_DEVICE_TEST in flags, *out stays NULL. */
+int kvr_create_device(struct kvr_obj *vm, uint32_t type, uint32_t flags, struct kvr_obj **out);
+int kvr_stats_open(struct kvr_obj *vm_or_vcpu, struct kvr_obj **out);
+/* Bytes read, which may be fewer than len at the end of the file. */
+long kvr_pread(struct kvr_obj *obj, void *buf, size_t len, uint64_t offset);
+void kvr_obj_put(struct kvr_obj *obj);
+/* The number itself, to be polled or looked up in /proc; never to be closed. */
+int kvr_fileno(struct kvr_obj *obj);
+/* Any ioctl with a pointer or an integer argument; the caller knows its size. */
+int kvr_ioctl(struct kvr_obj *obj, unsigned long request, void *arg);
+int kvr_ioctl_int(struct kvr_obj *obj, unsigned long request, unsigned long arg);
+
+int kvr_map_new(uint64_t bytes, struct kvr_map **out);
+void kvr_map_put(struct kvr_map *map);
+uint64_t kvr_map_bytes(const struct kvr_map *map);
+/* -EFAULT where the range leaves the mapping. */
+int kvr_map_read(struct kvr_map *map, uint64_t offset, void *buf, uint64_t len);
+int kvr_map_write(struct kvr_map *map, uint64_t offset, const void *buf, uint64_t len);
+/* The 64-bit words at offset, offset + stride, ...; all of them 8-byte aligned. */
+int kvr_map_gather(struct kvr_map *map, uint64_t offset, uint64_t stride, uint64_t count,
+		   uint64_t *out);
+
+void kvr_live(struct kvr_live *out);
+void kvr_kernel_page_size(uint64_t *out);
+
+/* vm.c: capabilities, memory slots, the bitmap log, attributes --------- */
+
+/* Remembers the size when it is a ring's; later vCPUs map it. */
+int kvr_enable_cap(struct kvr_obj *obj, uint32_t cap, uint32_t flags, const uint64_t args[4]);
+/* Bytes per ring; 0 without one. */
+int kvr_ring_bytes(struct kvr_obj *vm, uint64_t *out);
+/* version 1 or 2: which of the two ioctls.  The VM keeps the mapping until the
+ * slot is deleted (bytes == 0) or the VM and all its vCPUs are gone. */
+int kvr_set_memory(struct kvr_obj *vm, int version, uint32_t slot, uint32_t flags, uint64_t gpa,
+		   uint64_t bytes, struct kvr_map *map, uint64_t map_offset);
+/* -KVR_ESIZE before anything happens when the bitmap is not of the slot's size. */
+int kvr_get_dirty_log(struct kvr_obj *vm, uint32_t slot, struct kvr_bitmap *into);
+/* Clears pages [first, first + num) that are set in the bitmap of the whole slot. */
+int kvr_clear_dirty_log(struct kvr_obj *vm, uint32_t slot, const struct kvr_bitmap *bits,
+			uint64_t first, uint32_t num);
+/* request: KVM_{SET,GET,HAS}_DEVICE_ATTR.  The kernel sees a zeroed buffer of
+ * KVR_ATTR_BYTES that begins with the caller's len bytes, so that a size that
+ * the caller got wrong cannot hurt. */
+#define KVR_ATTR_BYTES 4096
+int kvr_device_attr(struct kvr_obj *obj, unsigned long request, uint32_t group, uint64_t attr,
+		    void *buf, uint32_t len);
+/* request: KVM_{SET,GET}_ONE_REG; len must be what the id says, else -EINVAL. */
+int kvr_one_reg(struct kvr_obj *vcpu, unsigned long request, uint64_t id, void *buf, uint32_t len);
+
+/* ring.c: harvest and reset ------------------------------------------- */
+
+/* The vCPU's ring: a reference of its own.  -KVR_ENORING without one. */
+int kvr_vcpu_ring(struct kvr_obj *vcpu, struct kvr_ring **out);
+void kvr_ring_put(struct kvr_ring *ring);
+uint32_t kvr_ring_entries(const struct kvr_ring *ring);
+/* Our fetch index and the reset index as we know it; both count without end. */
+int kvr_ring_indices(struct kvr_ring *ring, uint32_t *fetch, uint32_t *reset);
+/* Entries that are dirty now and not yet harvested; takes none. */
+int kvr_ring_fill(struct kvr_ring *ring, uint32_t *out);
+/*
+ * Take at most max dirty entries, in order, into exactly one of the two sinks.
+ * Returns how many.  -EPROTO: an entry is in no legal state; what was taken
+ * before is in the sink, and kvr_ring_fault() says where.  -KVR_EINUSE: another
+ * thread harvests this ring.
+ */
+long kvr_ring_harvest(struct kvr_ring *ring, struct kvr_gfn *gfns, struct kvr_set *set,
+		      uint64_t max);
+void kvr_ring_fault(struct kvr_ring *ring, struct kvr_fault *out);
+/* The same over every ring of the VM, in the order of vCPU creation; takes
+ * nothing when one of them is in use. */
+long kvr_vm_harvest(struct kvr_obj *vm, struct kvr_gfn *gfns, struct kvr_set *set, uint64_t max);
+void kvr_vm_fault(struct kvr_obj *vm, struct kvr_fault *out);
+/*
+ * KVM_RESET_DIRTY_RINGS.  guarded: with every signal of the thread blocked, a
+ * short count completed, and the pages that it may have left writable marked in
+ * suspects.  Not guarded: the bare ioctl, once.  Harvesters wait meanwhile.
+ */
+int kvr_reset_dirty_rings(struct kvr_obj *vm, int guarded, struct kvr_set *suspects,
+			  struct kvr_reset_result *out);
+
+/* A ring without KVM, for tests of the harvest: same layout, same functions. */
+int kvr_ring_synthetic(uint32_t entries, struct kvr_ring **out);
+/* As KVM pushes: num entries (slot, first ...); stops at the soft limit.  Returns how many. */
+long kvr_synthetic_push(struct kvr_ring *ring, uint32_t slot, uint64_t first, uint32_t num);
+/* As KVM resets: frees harvested entries in order.  Returns how many. */
+long kvr_synthetic_reset(struct kvr_ring *ring);
+/* Break it: put any flags at a position. */
+int kvr_synthetic_poke(struct kvr_ring *ring, uint32_t index, uint32_t flags);
+
+/* bitmap.c: bits ------------------------------------------------------- */
+
+int kvr_bitmap_new(uint64_t num_pages, struct kvr_bitmap **out);
+void kvr_bitmap_free(struct kvr_bitmap *bm);
+uint64_t kvr_bitmap_pages_total(const struct kvr_bitmap *bm);
+/* The words themselves: ceil(num_pages / 64) of them, bits past the end zero. */
+uint64_t *kvr_bitmap_words(struct kvr_bitmap *bm);
+uint64_t kvr_bitmap_count(const struct kvr_bitmap *bm);
+int kvr_bitmap_test(const struct kvr_bitmap *bm, uint64_t page);
+/* Clip nothing: -EINVAL where [first, first + num) leaves the bitmap. */
+int kvr_bitmap_set_range(struct kvr_bitmap *bm, uint64_t first, uint64_t num, int value);
+/* op: '|', '&', '-', '='.  -KVR_ESIZE when the sizes differ. */
+int kvr_bitmap_merge(struct kvr_bitmap *dst, int op, const struct kvr_bitmap *src);
+/* 1 when equal, 0 when not. */
+int kvr_bitmap_equal(const struct kvr_bitmap *a, const struct kvr_bitmap *b);
+/* base + page * scale of set pages from *next on; at most max.  Moves *next. */
+uint64_t kvr_bitmap_page_numbers(const struct kvr_bitmap *bm, uint64_t *next, uint64_t base,
+				 uint64_t scale, uint64_t *out, uint64_t max);
+/* Pairs (first, length) of runs from *next on; at most max pairs.  Moves *next. */
+uint64_t kvr_bitmap_runs(const struct kvr_bitmap *bm, uint64_t *next, uint64_t *out, uint64_t max);
+
+/* Room for n slots; slots are put in ascending order, each once. */
+int kvr_set_new(uint32_t n, struct kvr_set **out);
+void kvr_set_free(struct kvr_set *set);
+int kvr_set_put(struct kvr_set *set, uint32_t slot, struct kvr_bitmap *bm);
+/* Entries that named no slot, or no page, of the set. */
+uint64_t kvr_set_strays(const struct kvr_set *set);
+
+/* run.c: KVM_RUN ------------------------------------------------------- */
+
+/*
+ * KVM_RUN, then a copy of the exit's part of kvm_run.  -EINTR: a signal or a
+ * kick; the copy's exit_reason is KVM_EXIT_INTR then, whatever an earlier exit
+ * left there.  -KVR_EINUSE: the vCPU runs in another thread.  -EFAULT with
+ * exit_reason KVM_EXIT_MEMORY_FAULT is an exit too, and returns 0.
+ */
+int kvr_run(struct kvr_obj *vcpu, struct kvm_run *out);
+/* Make the vCPU leave the guest: a KVM_RUN that is under way, or the next one,
+ * ends with -EINTR after this call.  Several kicks may share one exit. */
+int kvr_kick(struct kvr_obj *vcpu);
+/* 1 while a thread is inside kvr_run. */
+int kvr_running(struct kvr_obj *vcpu);
+/* The bytes of the last KVM_EXIT_IO; returns how many there are. */
+long kvr_io_data(struct kvr_obj *vcpu, void *buf, uint32_t max);
+/* Answer a read (KVM_EXIT_MMIO or KVM_EXIT_IO in); the next kvr_run carries it
+ * into the guest.  -EINVAL: no such exit pending, or not of its length. */
+int kvr_respond(struct kvr_obj *vcpu, const void *buf, uint32_t len);
+
+/* guest_*.S: the built-in guest ---------------------------------------- */
+
+/* What the guest reads and writes; one per vCPU, its address in the first
+ * argument register.  The order is the assembler's too. */
+struct kvr_guest_block {
+	uint64_t list;	   /* gpa of an array of gpas, to be written in order */
+	uint64_t count;	   /* how many of them */
+	uint64_t rounds;   /* how often; 0: until told to stop */
+	uint64_t stop;	   /* told to stop: looked at after each store */
+	uint64_t at;	   /* byte offset inside each page */
+	uint64_t stores;   /* out: stores so far, over all commands; the last value stored */
+	uint64_t round;	   /* out: whole rounds of this command */
+	uint64_t doorbell; /* gpa without memory: written when a command is done */
+};
+_Static_assert(offsetof(struct kvr_guest_block, doorbell) == 56, "guest_*.S know the offsets");
+
+extern const unsigned char kvr_guest_code[] __attribute__((visibility("hidden")));
+extern const unsigned char kvr_guest_code_end[] __attribute__((visibility("hidden")));
+uint32_t kvr_guest_code_bytes(void);
+
+#endif

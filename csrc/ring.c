@@ -1,0 +1,467 @@
+// SPDX-License-Identifier: MIT
+/*
+ * The dirty ring: map, harvest, reset, and a synthetic ring for tests.
+ *
+ * A ring is an array of kvm_dirty_gfn that KVM fills in order.  We may do one
+ * thing to an entry: turn DIRTY into RESET, in order.  Slot and offset are KVM's
+ * and read again by KVM_RESET_DIRTY_RINGS; writing them loses the page.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "internal.h"
+
+/* As in virt/kvm/dirty_ring.c: the kernel's batch, and the entries kept back. */
+#define RESET_BATCH_PAGES 64
+#define RESERVED_ENTRIES 64
+/* Calls in a row without progress after which a reset is given up. */
+#define RESET_STALLS 64
+
+/* Pairs with smp_wmb() before the flags store in kvm_dirty_gfn_set_dirtied():
+ * who sees DIRTY sees slot and offset. */
+static inline uint32_t load_acquire(const uint32_t *p)
+{
+	return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+}
+
+/* Pairs with smp_load_acquire() in kvm_dirty_gfn_harvested(): who sees RESET
+ * knows that we have read the entry. */
+static inline void store_release(uint32_t *p, uint32_t value)
+{
+	__atomic_store_n(p, value, __ATOMIC_RELEASE);
+}
+
+static struct kvr_ring *ring_new(uint32_t vcpu, uint32_t bytes)
+{
+	struct kvr_ring *ring = calloc(1, sizeof(*ring));
+
+	if (!ring)
+		return NULL;
+	atomic_init(&ring->refs, 1);
+	pthread_mutex_init(&ring->lock, NULL);
+	ring->generation = atomic_load(&kvr_generation);
+	ring->vcpu = vcpu;
+	ring->bytes = bytes;
+	ring->entries = bytes / (uint32_t)sizeof(struct kvm_dirty_gfn);
+	atomic_fetch_add(&kvr_live_rings, 1);
+	return ring;
+}
+
+int kvr_ring_map(int vcpu_fd, uint32_t vcpu, uint32_t bytes, struct kvr_ring **out)
+{
+	struct kvr_ring *ring = ring_new(vcpu, bytes);
+	void *addr;
+
+	if (!ring)
+		return -ENOMEM;
+	/* The offset counts pages of the running kernel, not of the build. */
+	addr = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu_fd,
+		    (off_t)(KVM_DIRTY_LOG_PAGE_OFFSET * kvr_page_size()));
+	if (addr == MAP_FAILED) {
+		int ret = -errno;
+
+		kvr_ring_put(ring);
+		return ret;
+	}
+	/* A child that harvests would steal its parent's pages. */
+	madvise(addr, bytes, MADV_DONTFORK);
+	ring->gfns = addr;
+	*out = ring;
+	return 0;
+}
+
+struct kvr_ring *kvr_ring_get(struct kvr_ring *ring)
+{
+	atomic_fetch_add(&ring->refs, 1);
+	return ring;
+}
+
+void kvr_ring_put(struct kvr_ring *ring)
+{
+	bool foreign;
+
+	if (!ring || atomic_fetch_sub(&ring->refs, 1) != 1)
+		return;
+	foreign = kvr_foreign(ring->generation);
+	if (ring->gfns && !foreign)
+		munmap(ring->gfns, ring->bytes);
+	if (!foreign)
+		pthread_mutex_destroy(&ring->lock);
+	atomic_fetch_sub(&kvr_live_rings, 1);
+	free(ring);
+}
+
+int kvr_vcpu_ring(struct kvr_obj *vcpu, struct kvr_ring **out)
+{
+	int ret = kvr_expect(vcpu, KVR_VCPU);
+
+	if (ret)
+		return ret;
+	if (!kvr_vcpu(vcpu)->ring)
+		return -KVR_ENORING;
+	*out = kvr_ring_get(kvr_vcpu(vcpu)->ring);
+	return 0;
+}
+
+uint32_t kvr_ring_entries(const struct kvr_ring *ring)
+{
+	return ring->entries;
+}
+
+/* One harvester at a time, and none while a reset counts. */
+static int ring_enter(struct kvr_ring *ring)
+{
+	if (atomic_exchange_explicit(&ring->harvesting, 1, memory_order_acquire))
+		return -KVR_EINUSE;
+	pthread_mutex_lock(&ring->lock);
+	return 0;
+}
+
+static void ring_leave(struct kvr_ring *ring)
+{
+	pthread_mutex_unlock(&ring->lock);
+	atomic_store_explicit(&ring->harvesting, 0, memory_order_release);
+}
+
+int kvr_ring_indices(struct kvr_ring *ring, uint32_t *fetch, uint32_t *reset)
+{
+	if (kvr_foreign(ring->generation))
+		return -KVR_EFORKED;
+	pthread_mutex_lock(&ring->lock);
+	*fetch = ring->fetch;
+	*reset = ring->reset;
+	pthread_mutex_unlock(&ring->lock);
+	return 0;
+}
+
+int kvr_ring_fill(struct kvr_ring *ring, uint32_t *out)
+{
+	uint32_t n = 0;
+
+	if (kvr_foreign(ring->generation))
+		return -KVR_EFORKED;
+	pthread_mutex_lock(&ring->lock);
+	while (n < ring->entries) {
+		const struct kvm_dirty_gfn *gfn =
+			&ring->gfns[(ring->fetch + n) & (ring->entries - 1)];
+
+		if (load_acquire(&gfn->flags) != KVM_DIRTY_GFN_F_DIRTY)
+			break;
+		n++;
+	}
+	pthread_mutex_unlock(&ring->lock);
+	*out = n;
+	return 0;
+}
+
+/* Does the entry at the fetch index end the harvest in a legal way?  Free ends
+ * it.  RESET ends it only when all entries are ours: otherwise somebody else
+ * has harvested, and the page went to him. */
+static bool ends_legally(const struct kvr_ring *ring, uint32_t flags)
+{
+	if (flags == 0)
+		return true;
+	return flags == KVM_DIRTY_GFN_F_RESET && ring->fetch - ring->reset == ring->entries;
+}
+
+static void note_fault(struct kvr_ring *ring, uint32_t flags, uint64_t taken)
+{
+	uint32_t index = ring->fetch & (ring->entries - 1);
+
+	ring->fault = (struct kvr_fault){
+		.taken = taken,
+		.vcpu = ring->vcpu,
+		.index = index,
+		.flags = flags,
+		.slot = ring->gfns[index].slot,
+		.offset = ring->gfns[index].offset,
+	};
+}
+
+/* The loop itself; one of gfns and set is NULL, known when this is inlined.
+ * Returns entries taken; *fault tells whether it ended at an illegal one. */
+static inline __attribute__((always_inline)) uint64_t harvest(struct kvr_ring *ring,
+							      struct kvr_gfn *gfns,
+							      struct kvr_set *set, uint64_t max,
+							      bool *fault)
+{
+	uint32_t mask = ring->entries - 1, hint = 0;
+	uint64_t n;
+
+	for (n = 0; n < max; n++) {
+		struct kvm_dirty_gfn *gfn = &ring->gfns[ring->fetch & mask];
+		uint32_t flags = load_acquire(&gfn->flags);
+
+		if (flags != KVM_DIRTY_GFN_F_DIRTY) {
+			*fault = !ends_legally(ring, flags);
+			if (*fault)
+				note_fault(ring, flags, n);
+			break;
+		}
+		if (set)
+			kvr_set_mark(set, &hint, gfn->slot, gfn->offset);
+		else
+			gfns[n] = (struct kvr_gfn){ gfn->slot, ring->vcpu, gfn->offset };
+		store_release(&gfn->flags, KVM_DIRTY_GFN_F_RESET);
+		ring->fetch++;
+	}
+	return n;
+}
+
+static uint64_t harvest_into(struct kvr_ring *ring, struct kvr_gfn *gfns, struct kvr_set *set,
+			     uint64_t max, bool *fault)
+{
+	if (set)
+		return harvest(ring, NULL, set, max, fault);
+	return harvest(ring, gfns, NULL, max, fault);
+}
+
+long kvr_ring_harvest(struct kvr_ring *ring, struct kvr_gfn *gfns, struct kvr_set *set,
+		      uint64_t max)
+{
+	bool fault = false;
+	uint64_t n;
+	int ret;
+
+	if (kvr_foreign(ring->generation))
+		return -KVR_EFORKED;
+	ret = ring_enter(ring);
+	if (ret)
+		return ret;
+	n = harvest_into(ring, gfns, set, max, &fault);
+	ring_leave(ring);
+	return fault ? -EPROTO : (long)n;
+}
+
+void kvr_ring_fault(struct kvr_ring *ring, struct kvr_fault *out)
+{
+	*out = ring->fault;
+}
+
+long kvr_vm_harvest(struct kvr_obj *obj, struct kvr_gfn *gfns, struct kvr_set *set, uint64_t max)
+{
+	int ret = kvr_expect(obj, KVR_VM);
+	struct kvr_vm *vm = kvr_vm(obj);
+	uint64_t taken = 0;
+	uint32_t entered;
+	bool faulty = false;
+
+	if (ret)
+		return ret;
+	pthread_mutex_lock(&vm->rings_lock);
+	for (entered = 0; entered < vm->num_rings; entered++) {
+		ret = ring_enter(vm->rings[entered]);
+		if (ret)
+			break;
+	}
+	/* A broken ring does not keep the others from being read. */
+	for (uint32_t i = 0; !ret && i < entered; i++) {
+		bool fault = false;
+		uint64_t n = harvest_into(vm->rings[i], set ? NULL : gfns + taken, set, max - taken,
+					  &fault);
+
+		if (fault && !faulty)
+			vm->fault = vm->rings[i]->fault;
+		faulty |= fault;
+		taken += n;
+	}
+	if (faulty)
+		vm->fault.taken = taken;
+	while (entered-- > 0)
+		ring_leave(vm->rings[entered]);
+	pthread_mutex_unlock(&vm->rings_lock);
+	if (ret)
+		return ret;
+	return faulty ? -EPROTO : (long)taken;
+}
+
+void kvr_vm_fault(struct kvr_obj *obj, struct kvr_fault *out)
+{
+	if (obj->kind == KVR_VM)
+		*out = kvr_vm(obj)->fault;
+}
+
+/*
+ * The last batch of a short reset: KVM had counted it and freed its entries
+ * when it saw a signal, but had not yet taken write access away.  A batch is a
+ * run of entries of one slot within 64 pages, so the longest such run that ends
+ * with the last counted entry covers it.  The entries are still in the ring:
+ * they are the ones that KVM will write over last.  first, last: ring indices,
+ * [first, last) was counted by the short call.
+ */
+static uint64_t mark_suspects(struct kvr_ring *ring, uint32_t first, uint32_t last,
+			      struct kvr_set *suspects, uint32_t *unknown)
+{
+	uint32_t mask = ring->entries - 1, hint = 0, slot = 0;
+	uint64_t low = 0, high = 0, n = 0;
+
+	for (uint32_t i = last; i != first; i--) {
+		const struct kvm_dirty_gfn *gfn = &ring->gfns[(i - 1) & mask];
+
+		if (load_acquire(&gfn->flags) != 0) { /* written over already */
+			*unknown += 1;
+			break;
+		}
+		if (n == 0) {
+			slot = gfn->slot;
+			low = high = gfn->offset;
+		}
+		if (gfn->slot != slot)
+			break;
+		low = gfn->offset < low ? gfn->offset : low;
+		high = gfn->offset > high ? gfn->offset : high;
+		if (high - low >= RESET_BATCH_PAGES)
+			break;
+		kvr_set_mark(suspects, &hint, slot, gfn->offset);
+		n++;
+	}
+	return n;
+}
+
+/* Account for n entries that one call reset, in KVM's order: vCPU by vCPU. */
+static void account(struct kvr_vm *vm, uint64_t n, bool is_short, struct kvr_set *suspects,
+		    struct kvr_reset_result *out)
+{
+	struct kvr_ring *last = NULL;
+	uint32_t first = 0;
+
+	for (uint32_t i = 0; i < vm->num_rings && n; i++) {
+		struct kvr_ring *ring = vm->rings[i];
+		uint32_t pending = ring->fetch - ring->reset;
+		uint32_t done = n < pending ? (uint32_t)n : pending;
+
+		if (!done)
+			continue;
+		last = ring;
+		first = ring->reset;
+		ring->reset += done;
+		n -= done;
+	}
+	if (is_short && last && suspects)
+		out->suspects += mark_suspects(last, first, last->reset, suspects, &out->unknown);
+}
+
+static int reset_all(struct kvr_vm *vm, bool guarded, struct kvr_set *suspects,
+		     struct kvr_reset_result *out)
+{
+	uint32_t stalls = 0;
+
+	do {
+		int n = ioctl(vm->obj.fd, KVM_RESET_DIRTY_RINGS, 0);
+
+		if (n < 0)
+			return -errno;
+		out->calls++;
+		out->reset += (uint64_t)n;
+		account(vm, (uint64_t)n, out->reset < out->expected, suspects, out);
+		stalls = n ? 0 : stalls + 1;
+	} while (guarded && out->reset < out->expected && stalls < RESET_STALLS);
+	return 0;
+}
+
+int kvr_reset_dirty_rings(struct kvr_obj *obj, int guarded, struct kvr_set *suspects,
+			  struct kvr_reset_result *out)
+{
+	struct kvr_vm *vm = kvr_vm(obj);
+	uint64_t all = ~UINT64_C(0), before = 0;
+	int ret;
+
+	*out = (struct kvr_reset_result){ 0 };
+	if (kvr_foreign(obj->generation))
+		return -KVR_EFORKED;
+	if (obj->kind != KVR_VM)
+		return kvr_ioctl_int(obj, KVM_RESET_DIRTY_RINGS, 0);
+	pthread_mutex_lock(&vm->rings_lock);
+	for (uint32_t i = 0; i < vm->num_rings; i++) {
+		pthread_mutex_lock(&vm->rings[i]->lock);
+		out->expected += vm->rings[i]->fetch - vm->rings[i]->reset;
+	}
+	/* The bare system call: the C library's keeps two signals for itself, and
+	 * those would cut a reset short as well as any other. */
+	if (guarded)
+		syscall(SYS_rt_sigprocmask, SIG_SETMASK, &all, &before, sizeof(all));
+	ret = reset_all(vm, guarded, suspects, out);
+	if (guarded)
+		syscall(SYS_rt_sigprocmask, SIG_SETMASK, &before, NULL, sizeof(before));
+	for (uint32_t i = 0; i < vm->num_rings; i++)
+		pthread_mutex_unlock(&vm->rings[i]->lock);
+	pthread_mutex_unlock(&vm->rings_lock);
+	return ret;
+}
+
+int kvr_ring_synthetic(uint32_t entries, struct kvr_ring **out)
+{
+	struct kvr_ring *ring;
+	void *addr;
+
+	if (entries <= RESERVED_ENTRIES || (entries & (entries - 1)) || entries > 1U << 24)
+		return -EINVAL;
+	ring = ring_new(0, entries * (uint32_t)sizeof(struct kvm_dirty_gfn));
+	if (!ring)
+		return -ENOMEM;
+	addr = mmap(NULL, ring->bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	if (addr == MAP_FAILED) {
+		kvr_ring_put(ring);
+		return -ENOMEM;
+	}
+	ring->gfns = addr;
+	ring->synthetic = true;
+	*out = ring;
+	return 0;
+}
+
+long kvr_synthetic_push(struct kvr_ring *ring, uint32_t slot, uint64_t first, uint32_t num)
+{
+	uint32_t n;
+
+	if (!ring->synthetic)
+		return -EINVAL;
+	for (n = 0; n < num; n++) {
+		struct kvm_dirty_gfn *gfn = &ring->gfns[ring->pushed & (ring->entries - 1)];
+		/* reset moves under the producer, as reset_index does in KVM */
+		uint32_t used = ring->pushed - __atomic_load_n(&ring->reset, __ATOMIC_ACQUIRE);
+
+		if (used >= ring->entries - RESERVED_ENTRIES)
+			break;
+		gfn->slot = slot;
+		gfn->offset = first + n;
+		store_release(&gfn->flags, KVM_DIRTY_GFN_F_DIRTY);
+		ring->pushed++;
+	}
+	return n;
+}
+
+long kvr_synthetic_reset(struct kvr_ring *ring)
+{
+	long n = 0;
+
+	if (!ring->synthetic)
+		return -EINVAL;
+	pthread_mutex_lock(&ring->lock);
+	while (ring->reset != ring->fetch) {
+		struct kvm_dirty_gfn *gfn = &ring->gfns[ring->reset & (ring->entries - 1)];
+
+		if (!(load_acquire(&gfn->flags) & KVM_DIRTY_GFN_F_RESET))
+			break;
+		store_release(&gfn->flags, 0);
+		__atomic_store_n(&ring->reset, ring->reset + 1, __ATOMIC_RELEASE);
+		n++;
+	}
+	pthread_mutex_unlock(&ring->lock);
+	return n;
+}
+
+int kvr_synthetic_poke(struct kvr_ring *ring, uint32_t index, uint32_t flags)
+{
+	if (!ring->synthetic || index >= ring->entries)
+		return -EINVAL;
+	store_release(&ring->gfns[index].flags, flags);
+	return 0;
+}
