@@ -1,3 +1,64 @@
-"""kvmring: KVM dirty-page logging on a real /dev/kvm, from Python."""
+"""kvmring: KVM dirty-page logging on a real /dev/kvm, from Python.
+
+System, VM, VCPU and Device are the four kinds of file descriptor of the KVM manual; DirtyRing,
+DirtyBitmap and DirtySet are what dirty logging gives. Names are the kernel's.
+"""
+
+from kvmring.abi import Cap, DeviceType, Exit, ExitReason, page_size
+from kvmring.bitmap import DirtyBitmap
+from kvmring.device import Device
+from kvmring.dirtyset import DirtySet, MemorySlot
+from kvmring.errors import (
+    ClosedError,
+    ForkedError,
+    GuestError,
+    KvmError,
+    KvmNotSupported,
+    KvmringError,
+    KvmUnavailable,
+    RingError,
+    StateError,
+)
+from kvmring.memory import GuestMemory
+from kvmring.registers import CpuidEntry, DTable, Regs, Segment, Sregs
+from kvmring.ring import DirtyGfn, DirtyGfns, DirtyRing
+from kvmring.system import System
+from kvmring.vcpu import VCPU
+from kvmring.vm import VM, ResetResult
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "VCPU",
+    "VM",
+    "Cap",
+    "ClosedError",
+    "CpuidEntry",
+    "DTable",
+    "Device",
+    "DeviceType",
+    "DirtyBitmap",
+    "DirtyGfn",
+    "DirtyGfns",
+    "DirtyRing",
+    "DirtySet",
+    "Exit",
+    "ExitReason",
+    "ForkedError",
+    "GuestError",
+    "GuestMemory",
+    "KvmError",
+    "KvmNotSupported",
+    "KvmUnavailable",
+    "KvmringError",
+    "MemorySlot",
+    "Regs",
+    "ResetResult",
+    "RingError",
+    "Segment",
+    "Sregs",
+    "StateError",
+    "System",
+    "__version__",
+    "page_size",
+]

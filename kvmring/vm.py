@@ -1,0 +1,476 @@
+"""VM: capabilities, memory slots, vCPUs, devices, and dirty logging over all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from kvmring import ioctls, stats
+from kvmring.abi import PAGE_SIZE, Cap, DeviceType, check, ffi, lib
+from kvmring.bitmap import DirtyBitmap
+from kvmring.device import U32, U64, Attributes, Device
+from kvmring.dirtyset import DirtySet, MemorySlot
+from kvmring.errors import KvmNotSupported, RingError, StateError, int_between
+from kvmring.memory import MAX_GPA, MAX_SIZE, MAX_SLOT, GuestMemory, SlotTable, new_map
+from kvmring.ring import harvest
+from kvmring.vcpu import VCPU
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Mapping, Sequence
+
+    from kvmring._kvm import Map, Obj
+    from kvmring.owned import Owned
+    from kvmring.ring import Target
+    from kvmring.stats import Statistics
+
+__all__ = ["VM", "ResetResult"]
+
+ENTRY_BYTES = 16
+MAX_ENTRIES = 65536  # KVM_DIRTY_RING_MAX_ENTRIES; what this host takes is asked from KVM
+INITIALLY_SET = 3  # KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResetResult:
+    """What VM.reset_dirty_rings() did.
+
+    Attributes:
+        reset: Entries handed back to KVM.
+        suspects: Pages that KVM may have left writable without logging, after it was
+            interrupted: treat them as dirty until logging of their slots was turned off and
+            on with the vCPUs stopped. Normally empty.
+        calls: ioctls made; more than one when KVM returned a short count.
+        unknown: Suspects that could not be named any more, since the ring had moved on;
+            then every page of the VM is in suspects.
+    """
+
+    reset: int
+    suspects: DirtySet
+    calls: int
+    unknown: int
+
+
+def require_entries(entries: int, most: int) -> int:
+    """Return a ring size in entries, or refuse it with the nearest that are allowed."""
+    number = int_between("entries", entries, -(1 << 63), (1 << 64) - 1)
+    if number <= 0 or number & (number - 1):
+        below = 1 << (number.bit_length() - 1) if number > 0 else 0
+        near = [str(n) for n in (below, 2 * below or 256) if 0 < n <= most]
+        nearest = " or ".join(near)
+        raise ValueError(f"entries must be a power of two, not {number}; nearest: {nearest}")
+    if number > most:
+        raise ValueError(f"entries must be at most {most} on this host, not {number}")
+    if number * ENTRY_BYTES < PAGE_SIZE:
+        least = PAGE_SIZE // ENTRY_BYTES
+        raise ValueError(f"entries must fill a page of {PAGE_SIZE} bytes: at least {least}")
+    return number
+
+
+class VM(Attributes):
+    """A virtual machine; made by System.create_vm().
+
+    Lifetime: KVM keeps the VM until this handle and those of its vCPUs and devices are closed;
+        closing this one closes them all.
+    """
+
+    __slots__ = ("_devices", "_manual_protect", "_memory", "_table", "_vcpus", "_with_bitmap")
+
+    def __init__(self, handle: Obj) -> None:
+        super().__init__(handle)
+        self._table = SlotTable(handle)
+        self._vcpus: list[VCPU] = []
+        self._memory: dict[int, GuestMemory] = {}
+        self._devices: list[Device] = []
+        self._with_bitmap = False
+        self._manual_protect = 0
+
+    def _about(self) -> str:
+        ring = f"ring of {self.ring_entries} entries" if self.ring_entries else "no ring"
+        return f"{len(self._vcpus)} vCPUs, {len(self.slots)} slots, {ring}"
+
+    def close(self) -> None:
+        """Close the VM, its vCPUs, devices and memory. A vCPU that runs is not interrupted."""
+        children: list[Owned[Obj] | Owned[Map]] = [*self._vcpus, *self._devices, self._table]
+        for child in [*children, *self._memory.values()]:
+            child.close()
+        super().close()
+
+    # Capabilities
+
+    def check_extension(self, cap: Cap | int) -> int:
+        """Ask KVM about a capability: the value as KVM gives it, 0 for "no".
+
+        Ioctl: KVM_CHECK_EXTENSION on the VM. DIRTY_LOG_RING and DIRTY_LOG_RING_ACQ_REL answer
+        with the largest ring in bytes.
+        """
+        return ioctls.check_extension(self, int_between("cap", cap, 0, U32 >> 1))
+
+    def enable_cap(self, cap: Cap | int, args: Sequence[int] = (), *, flags: int = 0) -> None:
+        """Enable a capability. Sizes are bytes here, as KVM has them.
+
+        Ioctl: KVM_ENABLE_CAP.
+
+        Args:
+            cap: KVM_CAP_*.
+            args: Up to four 64-bit arguments.
+            flags: 32 bits.
+
+        Raises:
+            KvmError: EINVAL and others as the kernel says.
+            StateError: INITIALLY_SET together with a dirty ring, which loses every page that
+                is mapped already.
+        """
+        number = int_between("cap", cap, 0, U32)
+        values = [int_between("argument", arg, 0, U64) for arg in args]
+        if len(values) > 4:
+            raise ValueError("KVM_ENABLE_CAP takes at most 4 arguments")
+        if (
+            number == Cap.MANUAL_DIRTY_LOG_PROTECT2
+            and values[:1] == [INITIALLY_SET]
+            and self.ring_entries
+        ):
+            raise StateError(
+                "INITIALLY_SET with a dirty ring: pages that are mapped already would never be "
+                "logged; use a ring, or INITIALLY_SET, not both"
+            )
+        ring = number in (Cap.DIRTY_LOG_RING, Cap.DIRTY_LOG_RING_ACQ_REL)
+        if ring and self._manual_protect == INITIALLY_SET:
+            raise StateError(
+                "a dirty ring with INITIALLY_SET: pages that are mapped already would never be "
+                "logged; enable KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 with 0 or 1 first"
+            )
+        ioctls.enable_cap(self, number, values, flags=int_between("flags", flags, 0, U32))
+        if number == Cap.MANUAL_DIRTY_LOG_PROTECT2:
+            self._manual_protect = values[0] if values else 0
+        if number == Cap.DIRTY_LOG_RING_WITH_BITMAP:
+            self._with_bitmap = True
+
+    def enable_dirty_ring(self, entries: int = 4096, *, with_bitmap: bool | None = None) -> None:
+        """Give every vCPU that is created from now on a dirty ring.
+
+        Ioctl: KVM_ENABLE_CAP with KVM_CAP_DIRTY_LOG_RING_ACQ_REL (Linux 6.1) or
+        KVM_CAP_DIRTY_LOG_RING (5.11, x86); then KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP (6.2, arm64).
+
+        Args:
+            entries: Size of each ring, a power of two of 16-byte entries. 64 of them, and with
+                PML 512 more, are kept back by KVM.
+            with_bitmap: Whether the backup bitmap is enabled too, for what is dirtied outside
+                any vCPU. None: where KVM offers it.
+
+        Raises:
+            ValueError: Not a power of two, or a size that this host does not take.
+            StateError: A vCPU or a ring exists; with the bitmap, also when a slot exists.
+            KvmNotSupported: No dirty ring here; or with_bitmap=True where KVM has none.
+        """
+        cap = Cap.DIRTY_LOG_RING_ACQ_REL
+        most = self.check_extension(cap)
+        if not most:
+            cap = Cap.DIRTY_LOG_RING
+            most = self.check_extension(cap)
+        if not most:
+            raise KvmNotSupported("KVM_CAP_DIRTY_LOG_RING_ACQ_REL")
+        number = require_entries(entries, most // ENTRY_BYTES)
+        offered = bool(self.check_extension(Cap.DIRTY_LOG_RING_WITH_BITMAP))
+        if with_bitmap and not offered:
+            raise KvmNotSupported(
+                "KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP",
+                "arm64 has it; elsewhere nothing is dirtied outside a vCPU, and a ring is enough",
+            )
+        bitmap = offered if with_bitmap is None else with_bitmap
+        if self.ring_entries:
+            raise StateError(f"the VM has a dirty ring of {self.ring_entries} entries already")
+        if self._vcpus:
+            raise StateError("a vCPU exists: enable_dirty_ring() comes before the first one")
+        if bitmap and self.slots:
+            raise StateError("a memory slot exists: the backup bitmap is enabled before the first")
+        self.enable_cap(cap, [number * ENTRY_BYTES])
+        if bitmap:
+            self.enable_cap(Cap.DIRTY_LOG_RING_WITH_BITMAP)
+
+    @property
+    def ring_entries(self) -> int:
+        """Entries of each vCPU's dirty ring; 0 without rings."""
+        place = ffi.new("uint64_t *")
+        check("vm", lib.kvr_ring_bytes(self.handle, place))
+        return int(place[0]) // ENTRY_BYTES
+
+    @property
+    def with_bitmap(self) -> bool:
+        """Whether the backup bitmap was enabled."""
+        return self._with_bitmap
+
+    # vCPUs and devices
+
+    def create_vcpu(self, vcpu_id: int | None = None) -> VCPU:
+        """Create a vCPU; without an id, the next one.
+
+        Ioctl: KVM_CREATE_VCPU; maps kvm_run and, where the VM has one, the dirty ring.
+
+        Raises:
+            KvmError: EEXIST, the id is taken; EINVAL, beyond the limits; ENOMEM, no room for
+                the ring.
+        """
+        number = len(self._vcpus) if vcpu_id is None else vcpu_id
+        number = int_between("vcpu_id", number, 0, U32 >> 1)
+        vcpu = VCPU(ioctls.create_vcpu(self, number), number)
+        self._vcpus.append(vcpu)
+        return vcpu
+
+    @property
+    def vcpus(self) -> tuple[VCPU, ...]:
+        """The vCPUs, in the order of their creation."""
+        return tuple(self._vcpus)
+
+    def create_device(self, device_type: DeviceType | int) -> Device:
+        """Create a device of KVM's own.
+
+        Ioctl: KVM_CREATE_DEVICE.
+
+        Raises:
+            KvmError: ENODEV, this architecture or kernel has none of the kind; EEXIST, the VM
+                has it already.
+        """
+        number = int_between("device_type", device_type, 0, U32)
+        device = Device(ioctls.create_device(self, number, 0), device_type)
+        self._devices.append(device)
+        return device
+
+    def has_device(self, device_type: DeviceType | int) -> bool:
+        """Tell whether create_device() knows a type. Ioctl: KVM_CREATE_DEVICE, test only."""
+        number = int_between("device_type", device_type, 0, U32)
+        try:
+            ioctls.create_device(self, number, lib.KVM_CREATE_DEVICE_TEST)
+        except OSError:
+            return False
+        return True
+
+    def arm_preferred_target(self) -> int:
+        """Return the CPU target for arm_vcpu_init(). Ioctl: KVM_ARM_PREFERRED_TARGET, arm64."""
+        return int(ioctls.arm_preferred_target(self)["target"])
+
+    # Memory
+
+    @property
+    def slots(self) -> Mapping[int, MemorySlot]:
+        """The memory slots: as_id << 16 | id to where each lies."""
+        self._require_open()
+        return MappingProxyType(self._table.slots)
+
+    @property
+    def slots_version(self) -> int:
+        """A number that grows with every change of the slots."""
+        return self._table.version
+
+    def add_memory(
+        self,
+        gpa: int,
+        size_bytes: int | None = None,
+        *,
+        log_dirty: bool = False,
+        readonly: bool = False,
+        slot: int | None = None,
+        as_id: int = 0,
+        backing: GuestMemory | None = None,
+        region2: bool = False,
+    ) -> GuestMemory:
+        """Add a memory slot, with RAM of its own or another slot's.
+
+        Ioctl: KVM_SET_USER_MEMORY_REGION, or KVM_SET_USER_MEMORY_REGION2 (Linux 6.8).
+
+        Args:
+            gpa: Guest-physical byte address, page-aligned.
+            size_bytes: Bytes, a multiple of the page size; that of backing without it.
+            log_dirty: KVM_MEM_LOG_DIRTY_PAGES.
+            readonly: KVM_MEM_READONLY: guest writes exit as MMIO.
+            slot: Slot id within the address space; the lowest free one without it.
+            as_id: Address space; 1 is x86's SMM, where KVM has it.
+            backing: Memory to show here too.
+            region2: Use the second of the two ioctls.
+
+        Raises:
+            ValueError: Not aligned, empty, or overlapping another slot of the address space.
+            StateError: The slot exists.
+            KvmError: As the kernel says; ENOMEM from mmap.
+        """
+        start = int_between("gpa", gpa, 0, MAX_GPA)
+        if size_bytes is None:
+            if backing is None:
+                raise TypeError("add_memory needs size_bytes, or backing")
+            size_bytes = backing.size_bytes
+        size = int_between("size_bytes", size_bytes, 1, MAX_SIZE)
+        if start % PAGE_SIZE or size % PAGE_SIZE:
+            raise ValueError(
+                f"gpa {start:#x} and size_bytes {size:#x} must be multiples of the page size, "
+                f"{PAGE_SIZE}"
+            )
+        if backing is not None and size > backing.size_bytes:
+            raise ValueError(f"backing has {backing.size_bytes} bytes, fewer than {size}")
+        number = self._slot_number(slot, as_id)
+        record = MemorySlot(
+            slot=number,
+            gpa=start,
+            num_pages=size // PAGE_SIZE,
+            log_dirty=bool(log_dirty),
+            readonly=bool(readonly),
+        )
+        self._refuse_overlap(record)
+        handle = new_map(size) if backing is None else backing.handle
+        memory = GuestMemory(self._table, number, record.num_pages, handle)
+        del handle
+        try:
+            self._table.set_region(record, memory, 0, region2=region2)
+        except BaseException:
+            memory.close()
+            raise
+        self._memory[number] = memory
+        return memory
+
+    def _slot_number(self, slot: int | None, as_id: int) -> int:
+        space = int_between("as_id", as_id, 0, MAX_SLOT >> 16)
+        if slot is None:
+            return self._table.next_free(space)
+        number = space << 16 | int_between("slot", slot, 0, 0xFFFF)
+        if number in self.slots:
+            raise StateError(f"slot {number} exists; remove() it first, or choose another")
+        return number
+
+    def _refuse_overlap(self, new: MemorySlot) -> None:
+        for old in self.slots.values():
+            if old.as_id == new.as_id and old.gpa < new.end and new.gpa < old.end:
+                raise ValueError(
+                    f"memory at {new.gpa:#x}..{new.end:#x} overlaps slot {old.slot} "
+                    f"at {old.gpa:#x}..{old.end:#x}"
+                )
+
+    # Dirty logging
+
+    def harvest(self, into: Target, *, limit: int | None = None) -> int:
+        """Take the dirty entries of every vCPU's ring, in one call; return how many.
+
+        Args:
+            into: DirtyGfns (appends) or a DirtySet (adds).
+            limit: At most so many entries; all that are there without it.
+
+        Raises:
+            RingError: A ring broke the protocol. The others were harvested all the same.
+            StateError: Another thread harvests one of the rings; nothing was taken.
+        """
+        return harvest(
+            into,
+            limit,
+            lambda gfns, c_set, most: lib.kvr_vm_harvest(self.handle, gfns, c_set, most),
+            lambda fault: lib.kvr_vm_fault(self.handle, fault),
+        )
+
+    def reset_dirty_rings(self) -> ResetResult:
+        """Hand every harvested entry back to KVM, which protects the pages anew.
+
+        Reset before reading the pages' contents: what is written after it is logged again.
+
+        Ioctl: KVM_RESET_DIRTY_RINGS, with every signal of the thread blocked, since Linux 6.17
+        forgets to protect up to 64 pages when it sees one (virt/kvm/dirty_ring.c). A short
+        count is completed, and what it may have left open comes back as suspects.
+
+        Raises:
+            KvmError: EINVAL, the VM has no dirty ring; EIO, another process's VM.
+            RingError: KVM's count does not agree with what was harvested.
+        """
+        suspects = DirtySet(self)
+        with suspects.writing() as c_set:
+            result = ioctls.reset_dirty_rings(self, guarded=True, suspects=c_set)
+        if result["reset"] != result["expected"]:
+            raise RingError(
+                f"KVM reset {result['reset']} entries where {result['expected']} were harvested; "
+                "another harvester is at work, or KVM did not finish"
+            )
+        if result["unknown"]:
+            for bitmap in suspects.values():
+                bitmap.set(0, num_pages=len(bitmap))
+        return ResetResult(
+            reset=result["reset"],
+            suspects=suspects,
+            calls=result["calls"],
+            unknown=result["unknown"],
+        )
+
+    def get_dirty_log(self, slot: int, *, into: DirtyBitmap | None = None) -> DirtyBitmap:
+        """Fetch a slot's bitmap of dirty pages; without manual protect, KVM starts a new one.
+
+        Ioctl: KVM_GET_DIRTY_LOG. With a ring it works only with the backup bitmap too, and is
+        then the last thing to do, after rings were reset and devices were saved.
+
+        Args:
+            slot: as_id << 16 | id.
+            into: A bitmap of the slot's size to be overwritten, instead of a new one.
+
+        Raises:
+            KvmError: ENOENT, no such slot or LOG_DIRTY_PAGES off; ENXIO, ring without bitmap;
+                EINVAL, no such slot number or address space; EIO, another process's VM.
+            ValueError: The bitmap is not of the slot's size; nothing was fetched.
+        """
+        number = int_between("slot", slot, 0, MAX_SLOT)
+        if into is None:
+            known = self.slots.get(number)
+            into = DirtyBitmap(known.num_pages if known else 0)
+        with self._borrow(number, into):
+            ioctls.get_dirty_log(self, number, into)
+        return into
+
+    def clear_dirty_log(
+        self,
+        slot: int,
+        bitmap: DirtyBitmap,
+        *,
+        first_page: int = 0,
+        num_pages: int | None = None,
+    ) -> None:
+        """Mark pages clean in KVM and protect them anew: those set in the bitmap, in a range.
+
+        Ioctl: KVM_CLEAR_DIRTY_LOG (Linux 5.0), usually with KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.
+
+        Args:
+            slot: as_id << 16 | id.
+            bitmap: Of the whole slot; page numbers are the slot's.
+            first_page: A multiple of 64.
+            num_pages: A multiple of 64, unless the range ends with the slot; to the end
+                without it.
+
+        Raises:
+            ValueError: A range or a bitmap that breaks these rules; nothing was cleared.
+            KvmError: ENOENT, no such slot or LOG_DIRTY_PAGES off; ENXIO, ring without bitmap.
+        """
+        number = int_between("slot", slot, 0, MAX_SLOT)
+        if not isinstance(bitmap, DirtyBitmap):
+            raise TypeError(f"bitmap must be a DirtyBitmap, not {type(bitmap).__name__}")
+        total = len(bitmap)
+        first = int_between("first_page", first_page, 0, total)
+        num = int_between(
+            "num_pages", total - first if num_pages is None else num_pages, 0, total - first
+        )
+        if first % 64:
+            raise ValueError(f"first_page must be a multiple of 64, not {first}")
+        if num % 64 and first + num != total:
+            raise ValueError(
+                f"num_pages must be a multiple of 64 or reach the slot's end, {total - first}; "
+                f"not {num}"
+            )
+        with self._borrow(number, bitmap):
+            ioctls.clear_dirty_log(self, number, bitmap, first, num)
+
+    def _borrow(self, slot: int, bitmap: DirtyBitmap) -> threading.Lock:
+        """Check a bitmap against its slot, and return what keeps others from it for one call."""
+        if not isinstance(bitmap, DirtyBitmap):
+            raise TypeError(f"the bitmap must be a DirtyBitmap, not {type(bitmap).__name__}")
+        known = self.slots.get(slot)
+        if known is not None and known.num_pages != len(bitmap):
+            raise ValueError(f"slot {slot} has {known.num_pages} pages, the bitmap {len(bitmap)}")
+        return bitmap.lock
+
+    def stats(self) -> Statistics:
+        """Read the VM's statistics: name to int, or to a tuple for histograms.
+
+        Ioctl: KVM_GET_STATS_FD, KVM_CAP_BINARY_STATS_FD, Linux 5.14.
+        """
+        return stats.read(self)
