@@ -87,6 +87,21 @@ int kvr_bitmap_set_range(struct kvr_bitmap *bm, uint64_t first, uint64_t num, in
 	return 0;
 }
 
+int kvr_bitmap_set_pages(struct kvr_bitmap *bm, const uint64_t *pages, uint64_t num)
+{
+	for (uint64_t i = 0; i < num; i++)
+		if (pages[i] >= bm->num_pages)
+			return -EINVAL;
+	/* Looked at again, and read once: another thread may change the list. */
+	for (uint64_t i = 0; i < num; i++) {
+		uint64_t page = *(const volatile uint64_t *)&pages[i];
+
+		if (page < bm->num_pages)
+			bm->words[page / 64] |= UINT64_C(1) << (page % 64);
+	}
+	return 0;
+}
+
 int kvr_bitmap_merge(struct kvr_bitmap *dst, int op, const struct kvr_bitmap *src)
 {
 	uint64_t *d = dst->words;

@@ -38,9 +38,8 @@ struct kvr_ring {
 	uint32_t entries; /* a power of two */
 	struct kvm_dirty_gfn *gfns;
 	size_t bytes;
-	uint32_t fetch; /* next entry to take */
-	uint32_t reset; /* first entry that KVM has not reset yet */
-	struct kvr_fault fault;
+	uint32_t fetch;	       /* next entry to take */
+	uint32_t reset;	       /* first entry that KVM has not reset yet */
 	atomic_int harvesting; /* one harvester at a time */
 	pthread_mutex_t lock;  /* a reset keeps harvesters out */
 	uint32_t pushed;       /* synthetic only: the kernel's dirty_index */
@@ -59,7 +58,6 @@ struct kvr_vm {
 	uint32_t ring_bytes;
 	struct kvr_ring **rings; /* outlive their vCPUs' owners: an unread entry must not vanish */
 	uint32_t num_rings;
-	struct kvr_fault fault;
 	pthread_mutex_t slots_lock;
 	struct kvr_slot *slots;
 	uint32_t num_slots;

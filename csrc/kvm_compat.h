@@ -12,6 +12,10 @@
 #include <linux/kvm.h>
 #include <stddef.h>
 
+/* Obsolete, and bound to vanish from headers; kernels still answer for it. */
+#ifndef KVM_CAP_MANUAL_DIRTY_LOG_PROTECT
+#define KVM_CAP_MANUAL_DIRTY_LOG_PROTECT 166
+#endif
 #ifndef KVM_CAP_DIRTY_LOG_RING_ACQ_REL
 #define KVM_CAP_DIRTY_LOG_RING_ACQ_REL 223
 #endif

@@ -24,6 +24,7 @@
 #define KVM_CAP_MAX_VCPU_ID ...
 #define KVM_CAP_IMMEDIATE_EXIT ...
 #define KVM_CAP_ARM_VM_IPA_SIZE ...
+#define KVM_CAP_MANUAL_DIRTY_LOG_PROTECT ...
 #define KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 ...
 #define KVM_CAP_DIRTY_LOG_RING ...
 #define KVM_CAP_BINARY_STATS_FD ...
@@ -293,10 +294,9 @@ uint32_t kvr_ring_entries(const struct kvr_ring *ring);
 int kvr_ring_indices(struct kvr_ring *ring, uint32_t *fetch, uint32_t *reset);
 int kvr_ring_fill(struct kvr_ring *ring, uint32_t *out);
 long kvr_ring_harvest(struct kvr_ring *ring, struct kvr_gfn *gfns, struct kvr_set *set,
-		      uint64_t max);
-void kvr_ring_fault(struct kvr_ring *ring, struct kvr_fault *out);
-long kvr_vm_harvest(struct kvr_obj *vm, struct kvr_gfn *gfns, struct kvr_set *set, uint64_t max);
-void kvr_vm_fault(struct kvr_obj *vm, struct kvr_fault *out);
+		      uint64_t max, struct kvr_fault *fault);
+long kvr_vm_harvest(struct kvr_obj *vm, struct kvr_gfn *gfns, struct kvr_set *set, uint64_t max,
+		    struct kvr_fault *fault);
 int kvr_reset_dirty_rings(struct kvr_obj *vm, int guarded, struct kvr_set *suspects,
 			  struct kvr_reset_result *out);
 int kvr_ring_synthetic(uint32_t entries, struct kvr_ring **out);
@@ -311,6 +311,7 @@ uint64_t *kvr_bitmap_words(struct kvr_bitmap *bm);
 uint64_t kvr_bitmap_count(const struct kvr_bitmap *bm);
 int kvr_bitmap_test(const struct kvr_bitmap *bm, uint64_t page);
 int kvr_bitmap_set_range(struct kvr_bitmap *bm, uint64_t first, uint64_t num, int value);
+int kvr_bitmap_set_pages(struct kvr_bitmap *bm, const uint64_t *pages, uint64_t num);
 int kvr_bitmap_merge(struct kvr_bitmap *dst, int op, const struct kvr_bitmap *src);
 int kvr_bitmap_equal(const struct kvr_bitmap *a, const struct kvr_bitmap *b);
 uint64_t kvr_bitmap_page_numbers(const struct kvr_bitmap *bm, uint64_t *next, uint64_t base,

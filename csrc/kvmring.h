@@ -126,16 +126,16 @@ int kvr_ring_fill(struct kvr_ring *ring, uint32_t *out);
 /*
  * Take at most max dirty entries, in order, into exactly one of the two sinks.
  * Returns how many.  -EPROTO: an entry is in no legal state; what was taken
- * before is in the sink, and kvr_ring_fault() says where.  -KVR_EINUSE: another
- * thread harvests this ring.
+ * before is in the sink, and *fault says how much that is, and where the entry
+ * stands.  -KVR_EINUSE: another thread harvests this ring.
  */
 long kvr_ring_harvest(struct kvr_ring *ring, struct kvr_gfn *gfns, struct kvr_set *set,
-		      uint64_t max);
-void kvr_ring_fault(struct kvr_ring *ring, struct kvr_fault *out);
+		      uint64_t max, struct kvr_fault *fault);
 /* The same over every ring of the VM, in the order of vCPU creation; takes
- * nothing when one of them is in use. */
-long kvr_vm_harvest(struct kvr_obj *vm, struct kvr_gfn *gfns, struct kvr_set *set, uint64_t max);
-void kvr_vm_fault(struct kvr_obj *vm, struct kvr_fault *out);
+ * nothing when one of them is in use.  *fault is the first broken ring's, its
+ * count that of the whole call. */
+long kvr_vm_harvest(struct kvr_obj *vm, struct kvr_gfn *gfns, struct kvr_set *set, uint64_t max,
+		    struct kvr_fault *fault);
 /*
  * KVM_RESET_DIRTY_RINGS.  guarded: with every signal of the thread blocked, a
  * short count completed, and the pages that it may have left writable marked in
@@ -164,6 +164,8 @@ uint64_t kvr_bitmap_count(const struct kvr_bitmap *bm);
 int kvr_bitmap_test(const struct kvr_bitmap *bm, uint64_t page);
 /* Clip nothing: -EINVAL where [first, first + num) leaves the bitmap. */
 int kvr_bitmap_set_range(struct kvr_bitmap *bm, uint64_t first, uint64_t num, int value);
+/* Mark the pages of a list.  -EINVAL, and none marked, where one is past the end. */
+int kvr_bitmap_set_pages(struct kvr_bitmap *bm, const uint64_t *pages, uint64_t num);
 /* op: '|', '&', '-', '='.  -KVR_ESIZE when the sizes differ. */
 int kvr_bitmap_merge(struct kvr_bitmap *dst, int op, const struct kvr_bitmap *src);
 /* 1 when equal, 0 when not. */

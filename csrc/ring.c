@@ -171,11 +171,12 @@ static bool ends_legally(const struct kvr_ring *ring, uint32_t flags)
 	return flags == KVM_DIRTY_GFN_F_RESET && ring->fetch - ring->reset == ring->entries;
 }
 
-static void note_fault(struct kvr_ring *ring, uint32_t flags, uint64_t taken)
+static void note_fault(const struct kvr_ring *ring, uint32_t flags, uint64_t taken,
+		       struct kvr_fault *fault)
 {
 	uint32_t index = ring->fetch & (ring->entries - 1);
 
-	ring->fault = (struct kvr_fault){
+	*fault = (struct kvr_fault){
 		.taken = taken,
 		.vcpu = ring->vcpu,
 		.index = index,
@@ -186,11 +187,12 @@ static void note_fault(struct kvr_ring *ring, uint32_t flags, uint64_t taken)
 }
 
 /* The loop itself; one of gfns and set is NULL, known when this is inlined.
- * Returns entries taken; *fault tells whether it ended at an illegal one. */
+ * Returns entries taken; *faulty tells whether it ended at an illegal one, and
+ * *fault, which is written only then, where. */
 static inline __attribute__((always_inline)) uint64_t harvest(struct kvr_ring *ring,
 							      struct kvr_gfn *gfns,
 							      struct kvr_set *set, uint64_t max,
-							      bool *fault)
+							      bool *faulty, struct kvr_fault *fault)
 {
 	uint32_t mask = ring->entries - 1, hint = 0;
 	uint64_t n;
@@ -200,9 +202,9 @@ static inline __attribute__((always_inline)) uint64_t harvest(struct kvr_ring *r
 		uint32_t flags = load_acquire(&gfn->flags);
 
 		if (flags != KVM_DIRTY_GFN_F_DIRTY) {
-			*fault = !ends_legally(ring, flags);
-			if (*fault)
-				note_fault(ring, flags, n);
+			*faulty = !ends_legally(ring, flags);
+			if (*faulty)
+				note_fault(ring, flags, n, fault);
 			break;
 		}
 		if (set)
@@ -216,17 +218,17 @@ static inline __attribute__((always_inline)) uint64_t harvest(struct kvr_ring *r
 }
 
 static uint64_t harvest_into(struct kvr_ring *ring, struct kvr_gfn *gfns, struct kvr_set *set,
-			     uint64_t max, bool *fault)
+			     uint64_t max, bool *faulty, struct kvr_fault *fault)
 {
 	if (set)
-		return harvest(ring, NULL, set, max, fault);
-	return harvest(ring, gfns, NULL, max, fault);
+		return harvest(ring, NULL, set, max, faulty, fault);
+	return harvest(ring, gfns, NULL, max, faulty, fault);
 }
 
 long kvr_ring_harvest(struct kvr_ring *ring, struct kvr_gfn *gfns, struct kvr_set *set,
-		      uint64_t max)
+		      uint64_t max, struct kvr_fault *fault)
 {
-	bool fault = false;
+	bool faulty = false;
 	uint64_t n;
 	int ret;
 
@@ -235,17 +237,13 @@ long kvr_ring_harvest(struct kvr_ring *ring, struct kvr_gfn *gfns, struct kvr_se
 	ret = ring_enter(ring);
 	if (ret)
 		return ret;
-	n = harvest_into(ring, gfns, set, max, &fault);
+	n = harvest_into(ring, gfns, set, max, &faulty, fault);
 	ring_leave(ring);
-	return fault ? -EPROTO : (long)n;
+	return faulty ? -EPROTO : (long)n;
 }
 
-void kvr_ring_fault(struct kvr_ring *ring, struct kvr_fault *out)
-{
-	*out = ring->fault;
-}
-
-long kvr_vm_harvest(struct kvr_obj *obj, struct kvr_gfn *gfns, struct kvr_set *set, uint64_t max)
+long kvr_vm_harvest(struct kvr_obj *obj, struct kvr_gfn *gfns, struct kvr_set *set, uint64_t max,
+		    struct kvr_fault *fault)
 {
 	int ret = kvr_expect(obj, KVR_VM);
 	struct kvr_vm *vm = kvr_vm(obj);
@@ -263,29 +261,23 @@ long kvr_vm_harvest(struct kvr_obj *obj, struct kvr_gfn *gfns, struct kvr_set *s
 	}
 	/* A broken ring does not keep the others from being read. */
 	for (uint32_t i = 0; !ret && i < entered; i++) {
-		bool fault = false;
-		uint64_t n = harvest_into(vm->rings[i], set ? NULL : gfns + taken, set, max - taken,
-					  &fault);
+		struct kvr_fault here;
+		bool broken = false;
 
-		if (fault && !faulty)
-			vm->fault = vm->rings[i]->fault;
-		faulty |= fault;
-		taken += n;
+		taken += harvest_into(vm->rings[i], set ? NULL : gfns + taken, set, max - taken,
+				      &broken, &here);
+		if (broken && !faulty)
+			*fault = here;
+		faulty |= broken;
 	}
 	if (faulty)
-		vm->fault.taken = taken;
+		fault->taken = taken;
 	while (entered-- > 0)
 		ring_leave(vm->rings[entered]);
 	pthread_mutex_unlock(&vm->rings_lock);
 	if (ret)
 		return ret;
 	return faulty ? -EPROTO : (long)taken;
-}
-
-void kvr_vm_fault(struct kvr_obj *obj, struct kvr_fault *out)
-{
-	if (obj->kind == KVR_VM)
-		*out = kvr_vm(obj)->fault;
 }
 
 /*

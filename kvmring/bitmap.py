@@ -6,8 +6,10 @@ iterating. DirtySet (dirtyset.py) is a VM's worth of these.
 
 from __future__ import annotations
 
+import operator
 import sys
 import threading
+from array import array
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -15,7 +17,7 @@ from kvmring.abi import check, ffi, lib, out, owner, uninitialised
 from kvmring.errors import int_between
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from kvmring._kvm import Bitmap
 
@@ -92,7 +94,11 @@ class DirtyBitmap(Buffer):
             return lib.kvr_bitmap_count(self._handle)
 
     def __contains__(self, page: object) -> bool:
-        return isinstance(page, int) and page >= 0 and self._test(page)
+        try:
+            number = operator.index(page)  # type: ignore[arg-type]
+        except TypeError:
+            return False
+        return number >= 0 and self._test(number)
 
     def _test(self, page: int) -> bool:
         return page < self.num_pages and bool(lib.kvr_bitmap_test(self._handle, page))
@@ -137,6 +143,18 @@ class DirtyBitmap(Buffer):
             ValueError: The range leaves the slot.
         """
         self._set_range(page, num_pages, 1)
+
+    def set_pages(self, pages: Iterable[int]) -> None:
+        """Mark the pages of a list dirty; an array or a view of unsigned 64-bit ints is quickest.
+
+        Raises:
+            ValueError: One of them is not in the slot; none was marked.
+        """
+        if not (isinstance(pages, array | memoryview) and memoryview(pages).format == "Q"):
+            pages = array("Q", (int_between("page", page, 0, MAX_PAGES) for page in pages))
+        with self.lock, ffi.from_buffer("uint64_t[]", pages) as numbers:
+            if lib.kvr_bitmap_set_pages(self._handle, numbers, len(numbers)) < 0:
+                raise ValueError(f"a page is not below {self.num_pages}, the slot's size in pages")
 
     def clear(self, page: int = 0, *, num_pages: int | None = None) -> None:
         """Mark pages [page, page + num_pages) clean; without num_pages, to the slot's end.

@@ -253,7 +253,7 @@ class DirtySet(Mapping[int, DirtyBitmap]):
         """Add another set's pages; the slots of both must lie alike."""
         if not isinstance(other, DirtySet):
             return NotImplemented
-        for number, bitmap in other._bitmaps.items():
+        for number, bitmap in tuple(other._bitmaps.items()):
             self._adopt(other._slots[number])
             self._bitmaps[number] |= bitmap
         self._strays += other.strays if other is not self else 0

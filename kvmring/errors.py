@@ -117,6 +117,9 @@ class GuestError(KvmringError):
         super().__init__(message)
         self.exit = exit
 
+    def __reduce__(self) -> tuple[type[GuestError], tuple[str, Exit]]:
+        return type(self), (str(self), self.exit)
+
 
 def int_between(name: str, value: object, low: int, high: int) -> int:
     """Return value as an int in [low, high], or raise TypeError or ValueError in one sentence."""
@@ -125,7 +128,8 @@ def int_between(name: str, value: object, low: int, high: int) -> int:
     except TypeError:
         raise TypeError(f"{name} must be an integer, not {type(value).__name__}") from None
     if not low <= number <= high:
-        raise ValueError(f"{name} must lie between {low:#x} and {high:#x}, not {number:#x}")
+        shown = [f"{n:#x}" if abs(n) > 1 << 20 else str(n) for n in (low, high, number)]
+        raise ValueError(f"{name} must lie between {shown[0]} and {shown[1]}, not {shown[2]}")
     return number
 
 

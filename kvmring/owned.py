@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Generic, NoReturn, Self, TypeVar
 
-from kvmring.errors import ClosedError
+from kvmring.errors import ClosedError, ForkedError
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -66,7 +66,10 @@ class Owned(Generic[H]):
             self._handle = None
 
     def __repr__(self) -> str:
-        about = "closed" if self._handle is None else self._about()
+        try:
+            about = "closed" if self._handle is None else self._about()
+        except ForkedError:
+            about = "of another process"
         return f"<{type(self).__name__} {about}>"
 
     def _about(self) -> str:

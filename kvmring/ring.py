@@ -8,6 +8,7 @@ up, and KVM_RUN ends with KVM_EXIT_DIRTY_RING_FULL. The loop itself is csrc/ring
 from __future__ import annotations
 
 import errno
+import operator
 import threading
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -69,7 +70,9 @@ class DirtyGfns(Buffer):
         return self._used
 
     def __getitem__(self, index: int) -> DirtyGfn:
-        number = int_between("index", index, -self._used, self._used - 1)
+        number = operator.index(index)
+        if not -self._used <= number < self._used:
+            raise IndexError(f"there are {self._used} entries, none at {number}")
         entry = self._buf[number % self._used]
         return DirtyGfn(entry.slot, entry.vcpu, entry.offset)
 
@@ -100,8 +103,7 @@ class DirtyGfns(Buffer):
 def harvest(
     into: Target,
     limit: int | None,
-    function: Callable[[Gfns, Set, int], int],
-    get_fault: Callable[[Fault], None],
+    function: Callable[[Gfns, Set, int, Fault], int],
 ) -> int:
     """Harvest into a target through one of C's two harvest functions; returns entries."""
     if limit is not None:
@@ -110,13 +112,12 @@ def harvest(
         raise TypeError(f"harvest into DirtyGfns or a DirtySet, not {type(into).__name__}")
 
     def source(gfns: Gfns, c_set: Set, most: int) -> tuple[int, RingError | None]:
-        n = function(gfns, c_set, most)
+        fault = ffi.new("struct kvr_fault *")
+        n = function(gfns, c_set, most, fault)
         if n >= 0:
             return n, None
         if n != -errno.EPROTO:
             return check("harvest", n), None
-        fault = ffi.new("struct kvr_fault *")
-        get_fault(fault)
         return int(fault.taken), _ring_error(fault)
 
     return into._fill(source, limit)
@@ -170,8 +171,9 @@ class DirtyRing(Owned["Ring"]):
         return harvest(
             into,
             limit,
-            lambda gfns, c_set, most: lib.kvr_ring_harvest(self.handle, gfns, c_set, most),
-            lambda fault: lib.kvr_ring_fault(self.handle, fault),
+            lambda gfns, c_set, most, fault: lib.kvr_ring_harvest(
+                self.handle, gfns, c_set, most, fault
+            ),
         )
 
     def fill(self) -> int:

@@ -360,8 +360,9 @@ class VM(Attributes):
         return harvest(
             into,
             limit,
-            lambda gfns, c_set, most: lib.kvr_vm_harvest(self.handle, gfns, c_set, most),
-            lambda fault: lib.kvr_vm_fault(self.handle, fault),
+            lambda gfns, c_set, most, fault: lib.kvr_vm_harvest(
+                self.handle, gfns, c_set, most, fault
+            ),
         )
 
     def reset_dirty_rings(self) -> ResetResult:
