@@ -17,7 +17,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path(__file__).resolve().parent
-C_SOURCES = ("own.c", "vm.c", "ring.c", "bitmap.c", "run.c")
+C_SOURCES = ("own.c", "vm.c", "ring.c", "synthetic.c", "bitmap.c", "run.c")
 LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
 ARCHES = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "arm64", "arm64": "arm64"}
 
@@ -48,6 +48,11 @@ def emit(arch: str, target: Path) -> None:
 class BuildExt(build_ext):
     """Emit the CFFI file first, and let the compiler take assembly."""
 
+    def get_source_files(self) -> list[str]:
+        """List what a source distribution needs: all of this folder."""
+        ours = [str(path.relative_to(CSRC.parent)) for path in CSRC.iterdir() if path.is_file()]
+        return sorted({*super().get_source_files(), *ours})
+
     def build_extensions(self) -> None:
         """Build each extension; _kvm's generated file is made here."""
         if ".S" not in self.compiler.src_extensions:
@@ -60,7 +65,7 @@ class BuildExt(build_ext):
             ext.extra_compile_args += ["-std=gnu11", "-fvisibility=hidden", "-pthread"]
             ext.extra_link_args += ["-pthread"]
             ext.include_dirs.append("csrc")
-            ext.depends += [str(p.relative_to(CSRC.parent)) for p in sorted(CSRC.iterdir())]
+            ext.depends += self.get_source_files()
             if ext.name == "kvmring._kvm":
                 generated = Path(self.build_temp) / "_kvm.c"
                 emit(arch, generated)

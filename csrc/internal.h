@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * What the C files share with each other and with nobody else: the insides of
- * the owners, and the four atomic helpers.
+ * the owners, and the two that order the ring.
  *
  * Locks, in the order they may be taken: vm->rings_lock, ring->lock; and, apart
  * from those, vm->slots_lock.  No lock is held across KVM_RUN.
@@ -96,6 +96,20 @@ static inline bool kvr_foreign(unsigned int generation)
 	return generation != atomic_load_explicit(&kvr_generation, memory_order_relaxed);
 }
 
+/* Pairs with smp_wmb() before the flags store in kvm_dirty_gfn_set_dirtied():
+ * who sees DIRTY sees slot and offset. */
+static inline uint32_t kvr_load_acquire(const uint32_t *p)
+{
+	return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+}
+
+/* Pairs with smp_kvr_load_acquire() in kvm_dirty_gfn_harvested(): who sees RESET
+ * knows that we have read the entry. */
+static inline void kvr_store_release(uint32_t *p, uint32_t value)
+{
+	__atomic_store_n(p, value, __ATOMIC_RELEASE);
+}
+
 static inline struct kvr_vm *kvr_vm(struct kvr_obj *obj)
 {
 	return (struct kvr_vm *)obj;
@@ -114,6 +128,7 @@ static inline int kvr_expect(const struct kvr_obj *obj, enum kvr_kind kind)
 	return obj->kind == kind ? 0 : -ENOTTY;
 }
 
+struct kvr_ring *kvr_ring_new(uint32_t vcpu, uint32_t bytes);
 int kvr_ring_map(int vcpu_fd, uint32_t vcpu, uint32_t bytes, struct kvr_ring **out);
 struct kvr_ring *kvr_ring_get(struct kvr_ring *ring);
 struct kvr_map *kvr_map_get(struct kvr_map *map);

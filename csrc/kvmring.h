@@ -144,7 +144,8 @@ long kvr_vm_harvest(struct kvr_obj *vm, struct kvr_gfn *gfns, struct kvr_set *se
 int kvr_reset_dirty_rings(struct kvr_obj *vm, int guarded, struct kvr_set *suspects,
 			  struct kvr_reset_result *out);
 
-/* A ring without KVM, for tests of the harvest: same layout, same functions. */
+/* synthetic.c: a ring without KVM, for tests of the harvest ------------- */
+
 int kvr_ring_synthetic(uint32_t entries, struct kvr_ring **out);
 /* As KVM pushes: num entries (slot, first ...); stops at the soft limit.  Returns how many. */
 long kvr_synthetic_push(struct kvr_ring *ring, uint32_t slot, uint64_t first, uint32_t num);

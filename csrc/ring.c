@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 /*
- * The dirty ring: map, harvest, reset, and a synthetic ring for tests.
+ * The dirty ring: map, harvest, reset.
  *
  * A ring is an array of kvm_dirty_gfn that KVM fills in order.  We may do one
  * thing to an entry: turn DIRTY into RESET, in order.  Slot and offset are KVM's
@@ -18,27 +18,12 @@
 
 #include "internal.h"
 
-/* As in virt/kvm/dirty_ring.c: the kernel's batch, and the entries kept back. */
+/* As in virt/kvm/dirty_ring.c: how many pages one batch protects. */
 #define RESET_BATCH_PAGES 64
-#define RESERVED_ENTRIES 64
 /* Calls in a row without progress after which a reset is given up. */
 #define RESET_STALLS 64
 
-/* Pairs with smp_wmb() before the flags store in kvm_dirty_gfn_set_dirtied():
- * who sees DIRTY sees slot and offset. */
-static inline uint32_t load_acquire(const uint32_t *p)
-{
-	return __atomic_load_n(p, __ATOMIC_ACQUIRE);
-}
-
-/* Pairs with smp_load_acquire() in kvm_dirty_gfn_harvested(): who sees RESET
- * knows that we have read the entry. */
-static inline void store_release(uint32_t *p, uint32_t value)
-{
-	__atomic_store_n(p, value, __ATOMIC_RELEASE);
-}
-
-static struct kvr_ring *ring_new(uint32_t vcpu, uint32_t bytes)
+struct kvr_ring *kvr_ring_new(uint32_t vcpu, uint32_t bytes)
 {
 	struct kvr_ring *ring = calloc(1, sizeof(*ring));
 
@@ -56,7 +41,7 @@ static struct kvr_ring *ring_new(uint32_t vcpu, uint32_t bytes)
 
 int kvr_ring_map(int vcpu_fd, uint32_t vcpu, uint32_t bytes, struct kvr_ring **out)
 {
-	struct kvr_ring *ring = ring_new(vcpu, bytes);
+	struct kvr_ring *ring = kvr_ring_new(vcpu, bytes);
 	void *addr;
 
 	if (!ring)
@@ -152,7 +137,7 @@ int kvr_ring_fill(struct kvr_ring *ring, uint32_t *out)
 		const struct kvm_dirty_gfn *gfn =
 			&ring->gfns[(ring->fetch + n) & (ring->entries - 1)];
 
-		if (load_acquire(&gfn->flags) != KVM_DIRTY_GFN_F_DIRTY)
+		if (kvr_load_acquire(&gfn->flags) != KVM_DIRTY_GFN_F_DIRTY)
 			break;
 		n++;
 	}
@@ -199,7 +184,7 @@ static inline __attribute__((always_inline)) uint64_t harvest(struct kvr_ring *r
 
 	for (n = 0; n < max; n++) {
 		struct kvm_dirty_gfn *gfn = &ring->gfns[ring->fetch & mask];
-		uint32_t flags = load_acquire(&gfn->flags);
+		uint32_t flags = kvr_load_acquire(&gfn->flags);
 
 		if (flags != KVM_DIRTY_GFN_F_DIRTY) {
 			*faulty = !ends_legally(ring, flags);
@@ -211,7 +196,7 @@ static inline __attribute__((always_inline)) uint64_t harvest(struct kvr_ring *r
 			kvr_set_mark(set, &hint, gfn->slot, gfn->offset);
 		else
 			gfns[n] = (struct kvr_gfn){ gfn->slot, ring->vcpu, gfn->offset };
-		store_release(&gfn->flags, KVM_DIRTY_GFN_F_RESET);
+		kvr_store_release(&gfn->flags, KVM_DIRTY_GFN_F_RESET);
 		ring->fetch++;
 	}
 	return n;
@@ -297,7 +282,7 @@ static uint64_t mark_suspects(struct kvr_ring *ring, uint32_t first, uint32_t la
 	for (uint32_t i = last; i != first; i--) {
 		const struct kvm_dirty_gfn *gfn = &ring->gfns[(i - 1) & mask];
 
-		if (load_acquire(&gfn->flags) != 0) { /* written over already */
+		if (kvr_load_acquire(&gfn->flags) != 0) { /* written over already */
 			*unknown += 1;
 			break;
 		}
@@ -386,74 +371,4 @@ int kvr_reset_dirty_rings(struct kvr_obj *obj, int guarded, struct kvr_set *susp
 		pthread_mutex_unlock(&vm->rings[i]->lock);
 	pthread_mutex_unlock(&vm->rings_lock);
 	return ret;
-}
-
-int kvr_ring_synthetic(uint32_t entries, struct kvr_ring **out)
-{
-	struct kvr_ring *ring;
-	void *addr;
-
-	if (entries <= RESERVED_ENTRIES || (entries & (entries - 1)) || entries > 1U << 24)
-		return -EINVAL;
-	ring = ring_new(0, entries * (uint32_t)sizeof(struct kvm_dirty_gfn));
-	if (!ring)
-		return -ENOMEM;
-	addr = mmap(NULL, ring->bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-	if (addr == MAP_FAILED) {
-		kvr_ring_put(ring);
-		return -ENOMEM;
-	}
-	ring->gfns = addr;
-	ring->synthetic = true;
-	*out = ring;
-	return 0;
-}
-
-long kvr_synthetic_push(struct kvr_ring *ring, uint32_t slot, uint64_t first, uint32_t num)
-{
-	uint32_t n;
-
-	if (!ring->synthetic)
-		return -EINVAL;
-	for (n = 0; n < num; n++) {
-		struct kvm_dirty_gfn *gfn = &ring->gfns[ring->pushed & (ring->entries - 1)];
-		/* reset moves under the producer, as reset_index does in KVM */
-		uint32_t used = ring->pushed - __atomic_load_n(&ring->reset, __ATOMIC_ACQUIRE);
-
-		if (used >= ring->entries - RESERVED_ENTRIES)
-			break;
-		gfn->slot = slot;
-		gfn->offset = first + n;
-		store_release(&gfn->flags, KVM_DIRTY_GFN_F_DIRTY);
-		ring->pushed++;
-	}
-	return n;
-}
-
-long kvr_synthetic_reset(struct kvr_ring *ring)
-{
-	long n = 0;
-
-	if (!ring->synthetic)
-		return -EINVAL;
-	pthread_mutex_lock(&ring->lock);
-	while (ring->reset != ring->fetch) {
-		struct kvm_dirty_gfn *gfn = &ring->gfns[ring->reset & (ring->entries - 1)];
-
-		if (!(load_acquire(&gfn->flags) & KVM_DIRTY_GFN_F_RESET))
-			break;
-		store_release(&gfn->flags, 0);
-		__atomic_store_n(&ring->reset, ring->reset + 1, __ATOMIC_RELEASE);
-		n++;
-	}
-	pthread_mutex_unlock(&ring->lock);
-	return n;
-}
-
-int kvr_synthetic_poke(struct kvr_ring *ring, uint32_t index, uint32_t flags)
-{
-	if (!ring->synthetic || index >= ring->entries)
-		return -EINVAL;
-	store_release(&ring->gfns[index].flags, flags);
-	return 0;
 }

@@ -7,6 +7,7 @@ DirtyBitmap and DirtySet are what dirty logging gives. Names are the kernel's.
 from kvmring.abi import Cap, DeviceType, Exit, ExitReason, page_size
 from kvmring.bitmap import DirtyBitmap
 from kvmring.device import Device
+from kvmring.dirtylog import ResetResult
 from kvmring.dirtyset import DirtySet, MemorySlot
 from kvmring.errors import (
     ClosedError,
@@ -24,7 +25,7 @@ from kvmring.registers import CpuidEntry, DTable, Regs, Segment, Sregs
 from kvmring.ring import DirtyGfn, DirtyGfns, DirtyRing
 from kvmring.system import System
 from kvmring.vcpu import VCPU
-from kvmring.vm import VM, ResetResult
+from kvmring.vm import VM
 
 __version__ = "0.1.0"
 

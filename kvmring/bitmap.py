@@ -177,6 +177,11 @@ class DirtyBitmap(Buffer):
         twin._merge(b"=", self)
         return twin
 
+    __copy__ = copy
+
+    def __deepcopy__(self, memo: object) -> DirtyBitmap:
+        return self.copy()
+
     def _merge(self, op: bytes, other: DirtyBitmap) -> None:
         if len(other) != len(self):
             raise ValueError(

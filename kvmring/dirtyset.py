@@ -245,9 +245,26 @@ class DirtySet(Mapping[int, DirtyBitmap]):
 
     def copy(self) -> DirtySet:
         """Return a set of its own with the same pages dirty."""
-        twin = DirtySet(self._vm)
-        twin |= self
+        twin = DirtySet.__new__(DirtySet)  # of the slots as this set has them, not as they are now
+        twin._lock = threading.Lock()
+        twin._vm = self._vm
+        twin._bitmaps = {}
+        twin._c_set = None
+        with self._lock:
+            twin._slots = dict(self._slots)
+            twin._seen = self._seen
+            bitmaps = dict(self._bitmaps)
+        for number, bitmap in bitmaps.items():
+            twin._bitmaps[number] = DirtyBitmap(len(bitmap), lock=twin._lock)
+            twin._bitmaps[number] |= bitmap
+        twin._strays = self.strays
+        twin._rebuild()
         return twin
+
+    __copy__ = copy
+
+    def __deepcopy__(self, memo: object) -> DirtySet:
+        return self.copy()
 
     def __ior__(self, other: DirtySet) -> DirtySet:
         """Add another set's pages; the slots of both must lie alike."""

@@ -12,6 +12,7 @@ import operator
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kvmring.abi import Exit, check, exit_from, ffi, lib, out, owner
+from kvmring.errors import KvmNotSupported
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,15 @@ def _make(name: str, function: Callable[..., int], *args: object) -> Any:
     place = out("struct kvr_obj *")
     check(name, function(*args, place))
     return owner(place, lib.kvr_obj_put) if place[0] != ffi.NULL else None
+
+
+def _arch(ctype: str, init: object = None) -> Any:
+    """Allocate a struct that only one architecture's KVM has."""
+    try:
+        return ffi.new(ctype, init)
+    except ffi.error:
+        name = ctype.removesuffix(" *")
+        raise KvmNotSupported(name, "this architecture's KVM has no such thing") from None
 
 
 def as_dict(struct: Any) -> Struct:
@@ -211,34 +221,34 @@ def io_data(vcpu: Handle) -> bytes:
 
 def get_regs(vcpu: Handle) -> Struct:
     """KVM_GET_REGS (x86-64)."""
-    regs = ffi.new("struct kvm_regs *")
+    regs = _arch("struct kvm_regs *")
     check("KVM_GET_REGS", lib.kvr_ioctl(vcpu.handle, lib.KVM_GET_REGS, regs))
     return as_dict(regs[0])
 
 
 def set_regs(vcpu: Handle, regs: Mapping[str, Any]) -> int:
     """KVM_SET_REGS (x86-64); what is left out is 0."""
-    struct = ffi.new("struct kvm_regs *", dict(regs))
+    struct = _arch("struct kvm_regs *", dict(regs))
     return check("KVM_SET_REGS", lib.kvr_ioctl(vcpu.handle, lib.KVM_SET_REGS, struct))
 
 
 def get_sregs(vcpu: Handle) -> Struct:
     """KVM_GET_SREGS (x86-64)."""
-    sregs = ffi.new("struct kvm_sregs *")
+    sregs = _arch("struct kvm_sregs *")
     check("KVM_GET_SREGS", lib.kvr_ioctl(vcpu.handle, lib.KVM_GET_SREGS, sregs))
     return as_dict(sregs[0])
 
 
 def set_sregs(vcpu: Handle, sregs: Mapping[str, Any]) -> int:
     """KVM_SET_SREGS (x86-64)."""
-    struct = ffi.new("struct kvm_sregs *", dict(sregs))
+    struct = _arch("struct kvm_sregs *", dict(sregs))
     return check("KVM_SET_SREGS", lib.kvr_ioctl(vcpu.handle, lib.KVM_SET_SREGS, struct))
 
 
 def get_supported_cpuid(kvm: Handle) -> list[Struct]:
     """KVM_GET_SUPPORTED_CPUID (x86-64)."""
     room = 1024  # more than KVM_MAX_CPUID_ENTRIES, so E2BIG cannot come
-    cpuid = ffi.new("struct kvm_cpuid2 *", {"entries": room})
+    cpuid = _arch("struct kvm_cpuid2 *", {"entries": room})
     cpuid.nent = room
     check("KVM_GET_SUPPORTED_CPUID", lib.kvr_ioctl(kvm.handle, lib.KVM_GET_SUPPORTED_CPUID, cpuid))
     return [as_dict(cpuid.entries[i]) for i in range(cpuid.nent)]
@@ -246,21 +256,21 @@ def get_supported_cpuid(kvm: Handle) -> list[Struct]:
 
 def set_cpuid2(vcpu: Handle, entries: Sequence[Mapping[str, Any]]) -> int:
     """KVM_SET_CPUID2 (x86-64)."""
-    cpuid = ffi.new("struct kvm_cpuid2 *", {"entries": [dict(entry) for entry in entries]})
+    cpuid = _arch("struct kvm_cpuid2 *", {"entries": [dict(entry) for entry in entries]})
     cpuid.nent = len(entries)
     return check("KVM_SET_CPUID2", lib.kvr_ioctl(vcpu.handle, lib.KVM_SET_CPUID2, cpuid))
 
 
 def arm_preferred_target(vm: Handle) -> Struct:
     """KVM_ARM_PREFERRED_TARGET (arm64)."""
-    init = ffi.new("struct kvm_vcpu_init *")
+    init = _arch("struct kvm_vcpu_init *")
     check("KVM_ARM_PREFERRED_TARGET", lib.kvr_ioctl(vm.handle, lib.KVM_ARM_PREFERRED_TARGET, init))
     return as_dict(init[0])
 
 
 def arm_vcpu_init(vcpu: Handle, init: Mapping[str, Any]) -> int:
     """KVM_ARM_VCPU_INIT (arm64)."""
-    struct = ffi.new("struct kvm_vcpu_init *", dict(init))
+    struct = _arch("struct kvm_vcpu_init *", dict(init))
     return check("KVM_ARM_VCPU_INIT", lib.kvr_ioctl(vcpu.handle, lib.KVM_ARM_VCPU_INIT, struct))
 
 

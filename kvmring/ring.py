@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import operator
 import threading
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol
 
 from kvmring.abi import check, ffi, lib
 from kvmring.bitmap import Buffer
@@ -81,6 +81,9 @@ class DirtyGfns(Buffer):
 
     def __repr__(self) -> str:
         return f"<DirtyGfns {self._used} of {self.capacity} entries>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("DirtyGfns cannot be copied or pickled; its entries can: list(gfns)")
 
     def clear(self) -> None:
         """Forget the entries."""

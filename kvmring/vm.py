@@ -2,54 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from types import MappingProxyType
+import errno
 from typing import TYPE_CHECKING
 
 from kvmring import ioctls, stats
 from kvmring.abi import PAGE_SIZE, Cap, DeviceType, check, ffi, lib
-from kvmring.bitmap import DirtyBitmap
-from kvmring.device import U32, U64, Attributes, Device
-from kvmring.dirtyset import DirtySet, MemorySlot
-from kvmring.errors import KvmNotSupported, RingError, StateError, int_between
-from kvmring.memory import MAX_GPA, MAX_SIZE, MAX_SLOT, GuestMemory, SlotTable, new_map
-from kvmring.ring import harvest
+from kvmring.device import U32, U64, Device
+from kvmring.dirtylog import DirtyLog
+from kvmring.dirtyset import MemorySlot
+from kvmring.errors import KvmError, KvmNotSupported, StateError, int_between
+from kvmring.memory import MAX_GPA, MAX_SIZE, MAX_SLOT, GuestMemory, new_map
 from kvmring.vcpu import VCPU
 
 if TYPE_CHECKING:
-    import threading
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from kvmring._kvm import Map, Obj
     from kvmring.owned import Owned
-    from kvmring.ring import Target
     from kvmring.stats import Statistics
 
-__all__ = ["VM", "ResetResult"]
+__all__ = ["VM"]
 
 ENTRY_BYTES = 16
 MAX_ENTRIES = 65536  # KVM_DIRTY_RING_MAX_ENTRIES; what this host takes is asked from KVM
+_TOO_SMALL = "possibly too few entries: KVM keeps 64 of them back, and with PML 512 more"
 INITIALLY_SET = 3  # KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ResetResult:
-    """What VM.reset_dirty_rings() did.
-
-    Attributes:
-        reset: Entries handed back to KVM.
-        suspects: Pages that KVM may have left writable without logging, after it was
-            interrupted: treat them as dirty until logging of their slots was turned off and
-            on with the vCPUs stopped. Normally empty.
-        calls: ioctls made; more than one when KVM returned a short count.
-        unknown: Suspects that could not be named any more, since the ring had moved on;
-            then every page of the VM is in suspects.
-    """
-
-    reset: int
-    suspects: DirtySet
-    calls: int
-    unknown: int
 
 
 def require_entries(entries: int, most: int) -> int:
@@ -68,20 +45,28 @@ def require_entries(entries: int, most: int) -> int:
     return number
 
 
-class VM(Attributes):
+class VM(DirtyLog):
     """A virtual machine; made by System.create_vm().
 
     Lifetime: KVM keeps the VM until this handle and those of its vCPUs and devices are closed;
         closing this one closes them all.
     """
 
-    __slots__ = ("_devices", "_manual_protect", "_memory", "_table", "_vcpus", "_with_bitmap")
+    __slots__ = (
+        "_devices",
+        "_manual_protect",
+        "_memory",
+        "_removed",
+        "_table",
+        "_vcpus",
+        "_with_bitmap",
+    )
 
     def __init__(self, handle: Obj) -> None:
         super().__init__(handle)
-        self._table = SlotTable(handle)
         self._vcpus: list[VCPU] = []
         self._memory: dict[int, GuestMemory] = {}
+        self._removed: list[GuestMemory] = []  # of slots whose number was used again
         self._devices: list[Device] = []
         self._with_bitmap = False
         self._manual_protect = 0
@@ -92,8 +77,8 @@ class VM(Attributes):
 
     def close(self) -> None:
         """Close the VM, its vCPUs, devices and memory. A vCPU that runs is not interrupted."""
-        children: list[Owned[Obj] | Owned[Map]] = [*self._vcpus, *self._devices, self._table]
-        for child in [*children, *self._memory.values()]:
+        children: list[Owned[Obj] | Owned[Map]] = [*self._vcpus, *self._devices]
+        for child in [*children, *self._memory.values(), *self._removed]:
             child.close()
         super().close()
 
@@ -163,6 +148,7 @@ class VM(Attributes):
             ValueError: Not a power of two, or a size that this host does not take.
             StateError: A vCPU or a ring exists; with the bitmap, also when a slot exists.
             KvmNotSupported: No dirty ring here; or with_bitmap=True where KVM has none.
+            KvmError: EINVAL, fewer entries than the hardware's own buffers need.
         """
         cap = Cap.DIRTY_LOG_RING_ACQ_REL
         most = self.check_extension(cap)
@@ -185,7 +171,13 @@ class VM(Attributes):
             raise StateError("a vCPU exists: enable_dirty_ring() comes before the first one")
         if bitmap and self.slots:
             raise StateError("a memory slot exists: the backup bitmap is enabled before the first")
-        self.enable_cap(cap, [number * ENTRY_BYTES])
+        try:
+            self.enable_cap(cap, [number * ENTRY_BYTES])
+        except KvmError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            # All that KVM checks was checked, but for what hardware buffers need.
+            raise KvmError(errno.EINVAL, "KVM_ENABLE_CAP", _TOO_SMALL) from None
         if bitmap:
             self.enable_cap(Cap.DIRTY_LOG_RING_WITH_BITMAP)
 
@@ -242,7 +234,9 @@ class VM(Attributes):
         number = int_between("device_type", device_type, 0, U32)
         try:
             ioctls.create_device(self, number, lib.KVM_CREATE_DEVICE_TEST)
-        except OSError:
+        except KvmError as error:
+            if error.errno != errno.ENODEV:
+                raise
             return False
         return True
 
@@ -251,17 +245,6 @@ class VM(Attributes):
         return int(ioctls.arm_preferred_target(self)["target"])
 
     # Memory
-
-    @property
-    def slots(self) -> Mapping[int, MemorySlot]:
-        """The memory slots: as_id << 16 | id to where each lies."""
-        self._require_open()
-        return MappingProxyType(self._table.slots)
-
-    @property
-    def slots_version(self) -> int:
-        """A number that grows with every change of the slots."""
-        return self._table.version
 
     def add_memory(
         self,
@@ -324,6 +307,9 @@ class VM(Attributes):
         except BaseException:
             memory.close()
             raise
+        old = self._memory.get(number)
+        if old is not None and not old.closed:
+            self._removed.append(old)
         self._memory[number] = memory
         return memory
 
@@ -343,131 +329,6 @@ class VM(Attributes):
                     f"memory at {new.gpa:#x}..{new.end:#x} overlaps slot {old.slot} "
                     f"at {old.gpa:#x}..{old.end:#x}"
                 )
-
-    # Dirty logging
-
-    def harvest(self, into: Target, *, limit: int | None = None) -> int:
-        """Take the dirty entries of every vCPU's ring, in one call; return how many.
-
-        Args:
-            into: DirtyGfns (appends) or a DirtySet (adds).
-            limit: At most so many entries; all that are there without it.
-
-        Raises:
-            RingError: A ring broke the protocol. The others were harvested all the same.
-            StateError: Another thread harvests one of the rings; nothing was taken.
-        """
-        return harvest(
-            into,
-            limit,
-            lambda gfns, c_set, most, fault: lib.kvr_vm_harvest(
-                self.handle, gfns, c_set, most, fault
-            ),
-        )
-
-    def reset_dirty_rings(self) -> ResetResult:
-        """Hand every harvested entry back to KVM, which protects the pages anew.
-
-        Reset before reading the pages' contents: what is written after it is logged again.
-
-        Ioctl: KVM_RESET_DIRTY_RINGS, with every signal of the thread blocked, since Linux 6.17
-        forgets to protect up to 64 pages when it sees one (virt/kvm/dirty_ring.c). A short
-        count is completed, and what it may have left open comes back as suspects.
-
-        Raises:
-            KvmError: EINVAL, the VM has no dirty ring; EIO, another process's VM.
-            RingError: KVM's count does not agree with what was harvested.
-        """
-        suspects = DirtySet(self)
-        with suspects.writing() as c_set:
-            result = ioctls.reset_dirty_rings(self, guarded=True, suspects=c_set)
-        if result["reset"] != result["expected"]:
-            raise RingError(
-                f"KVM reset {result['reset']} entries where {result['expected']} were harvested; "
-                "another harvester is at work, or KVM did not finish"
-            )
-        if result["unknown"]:
-            for bitmap in suspects.values():
-                bitmap.set(0, num_pages=len(bitmap))
-        return ResetResult(
-            reset=result["reset"],
-            suspects=suspects,
-            calls=result["calls"],
-            unknown=result["unknown"],
-        )
-
-    def get_dirty_log(self, slot: int, *, into: DirtyBitmap | None = None) -> DirtyBitmap:
-        """Fetch a slot's bitmap of dirty pages; without manual protect, KVM starts a new one.
-
-        Ioctl: KVM_GET_DIRTY_LOG. With a ring it works only with the backup bitmap too, and is
-        then the last thing to do, after rings were reset and devices were saved.
-
-        Args:
-            slot: as_id << 16 | id.
-            into: A bitmap of the slot's size to be overwritten, instead of a new one.
-
-        Raises:
-            KvmError: ENOENT, no such slot or LOG_DIRTY_PAGES off; ENXIO, ring without bitmap;
-                EINVAL, no such slot number or address space; EIO, another process's VM.
-            ValueError: The bitmap is not of the slot's size; nothing was fetched.
-        """
-        number = int_between("slot", slot, 0, MAX_SLOT)
-        if into is None:
-            known = self.slots.get(number)
-            into = DirtyBitmap(known.num_pages if known else 0)
-        with self._borrow(number, into):
-            ioctls.get_dirty_log(self, number, into)
-        return into
-
-    def clear_dirty_log(
-        self,
-        slot: int,
-        bitmap: DirtyBitmap,
-        *,
-        first_page: int = 0,
-        num_pages: int | None = None,
-    ) -> None:
-        """Mark pages clean in KVM and protect them anew: those set in the bitmap, in a range.
-
-        Ioctl: KVM_CLEAR_DIRTY_LOG (Linux 5.0), usually with KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.
-
-        Args:
-            slot: as_id << 16 | id.
-            bitmap: Of the whole slot; page numbers are the slot's.
-            first_page: A multiple of 64.
-            num_pages: A multiple of 64, unless the range ends with the slot; to the end
-                without it.
-
-        Raises:
-            ValueError: A range or a bitmap that breaks these rules; nothing was cleared.
-            KvmError: ENOENT, no such slot or LOG_DIRTY_PAGES off; ENXIO, ring without bitmap.
-        """
-        number = int_between("slot", slot, 0, MAX_SLOT)
-        if not isinstance(bitmap, DirtyBitmap):
-            raise TypeError(f"bitmap must be a DirtyBitmap, not {type(bitmap).__name__}")
-        total = len(bitmap)
-        first = int_between("first_page", first_page, 0, total)
-        num = int_between(
-            "num_pages", total - first if num_pages is None else num_pages, 0, total - first
-        )
-        if first % 64:
-            raise ValueError(f"first_page must be a multiple of 64, not {first}")
-        if num % 64 and first + num != total:
-            raise ValueError(
-                f"num_pages must be a multiple of 64 or reach the slot's end, {total - first}; "
-                f"not {num}"
-            )
-        with self._borrow(number, bitmap):
-            ioctls.clear_dirty_log(self, number, bitmap, first, num)
-
-    def _borrow(self, slot: int, bitmap: DirtyBitmap) -> threading.Lock:
-        """Check a bitmap against its slot, and return what keeps others from it for one call."""
-        if not isinstance(bitmap, DirtyBitmap):
-            raise TypeError(f"the bitmap must be a DirtyBitmap, not {type(bitmap).__name__}")
-        known = self.slots.get(slot)
-        if known is not None and known.num_pages != len(bitmap):
-            raise ValueError(f"slot {slot} has {known.num_pages} pages, the bitmap {len(bitmap)}")
-        return bitmap.lock
 
     def stats(self) -> Statistics:
         """Read the VM's statistics: name to int, or to a tuple for histograms.

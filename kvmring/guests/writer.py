@@ -107,11 +107,14 @@ class PageWriter:
         self._ram.write(0, guest_code())
         if not self._arm:
             self._ram.write(tables_at, x86_64.tables(self._cr3, self._top))
-            self._cpuid = kvm.get_supported_cpuid()
         self._cpus = [
             _Cpu(vm.create_vcpu(), blocks + i * PAGE_SIZE, lists_at + i * (lists // number))
             for i in range(number)
         ]
+        if not self._arm:
+            cpuid = kvm.get_supported_cpuid()
+            for cpu in self._cpus:
+                x86_64.prepare(cpu.vcpu, cpuid)
         for i in range(number):
             self.reset(i)
 
@@ -135,7 +138,7 @@ class PageWriter:
         if self._arm:
             arm64.reset(cpu.vcpu, self._vm.arm_preferred_target())
         else:
-            x86_64.reset(cpu.vcpu, self._cpuid, cr3=self._cr3)
+            x86_64.reset(cpu.vcpu, cr3=self._cr3)
         cpu.fresh = True
 
     def load(
@@ -159,7 +162,10 @@ class PageWriter:
         offset = default if at is None else int_between("at", at, 0, PAGE_SIZE - 8)
         if offset % 8:
             raise ValueError(f"at must be a multiple of 8, not {offset}")
-        pages = gpas if isinstance(gpas, array) else array("Q", gpas)
+        try:
+            pages = gpas if isinstance(gpas, array) else array("Q", gpas)
+        except OverflowError:
+            raise ValueError("an address in the list is negative, or has over 64 bits") from None
         self._check_list(pages)
         number = int_between("rounds", rounds, 0, U64)
         if not pages and not number:

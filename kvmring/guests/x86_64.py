@@ -49,9 +49,13 @@ def tables(base: int, top: int) -> bytes:
     return root.tobytes() + upper.tobytes() + pages.tobytes()
 
 
-def reset(vcpu: VCPU, cpuid: list[CpuidEntry], *, cr3: int) -> None:
-    """Bring a vCPU into the guest's mode; also after a triple fault."""
+def prepare(vcpu: VCPU, cpuid: list[CpuidEntry]) -> None:
+    """Give a new vCPU its CPUID; KVM refuses to change that once the vCPU has run."""
     vcpu.set_cpuid2(cpuid)
+
+
+def reset(vcpu: VCPU, *, cr3: int) -> None:
+    """Bring a vCPU into the guest's mode; also after a triple fault."""
     sregs = vcpu.get_sregs()
     vcpu.set_sregs(
         replace(
