@@ -3,9 +3,9 @@
  * The built-in guest for x86-64: 64-bit code for CPL 3, position independent.
  *
  * rdi holds the gpa of its struct kvr_guest_block (kvmring.h).  It stores
- * 1, 2, 3, ... into the pages of its list, says after each store how far it is,
- * and writes to the doorbell when a command is done; entered again, it takes the
- * next command.  Its own reads and its counters lie in the block's slot, so the
+ * 1, 2, 3, ..., or the values it is given, at the addresses of its list, says
+ * after each store how far it is, and writes to the doorbell when a command is
+ * done; entered again, it takes the next command.  Its own reads and its counters lie in the block's slot, so the
  * list is exactly what it dirties elsewhere.
  */
 #if defined(__x86_64__)
@@ -20,6 +20,7 @@ kvr_guest_code:
 	mov	16(%rdi), %r9		/* rounds */
 	mov	32(%rdi), %r10		/* at */
 	mov	40(%rdi), %rax		/* stores */
+	mov	64(%rdi), %r12		/* values */
 	xor	%r11d, %r11d		/* round */
 .Lround:
 	xor	%edx, %edx		/* index */
@@ -28,9 +29,13 @@ kvr_guest_code:
 	jae	.Lround_done
 	mov	(%rsi,%rdx,8), %rbx
 	add	%r10, %rbx
-	lea	1(%rax), %r8
+	inc	%rax
+	mov	%rax, %r8
+	test	%r12, %r12
+	jz	.Lstore
+	mov	(%r12,%rdx,8), %r8
+.Lstore:
 	mov	%r8, (%rbx)		/* the store */
-	mov	%r8, %rax
 	mov	%rax, 40(%rdi)
 	inc	%rdx
 	cmpq	$0, 24(%rdi)		/* stop */

@@ -103,7 +103,7 @@ static inline uint32_t kvr_load_acquire(const uint32_t *p)
 	return __atomic_load_n(p, __ATOMIC_ACQUIRE);
 }
 
-/* Pairs with smp_kvr_load_acquire() in kvm_dirty_gfn_harvested(): who sees RESET
+/* Pairs with smp_load_acquire() in kvm_dirty_gfn_harvested(): who sees RESET
  * knows that we have read the entry. */
 static inline void kvr_store_release(uint32_t *p, uint32_t value)
 {

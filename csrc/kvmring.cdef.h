@@ -254,6 +254,7 @@ struct kvr_guest_block {
 	uint64_t stores;
 	uint64_t round;
 	uint64_t doorbell;
+	uint64_t values;
 };
 
 int kvr_open(const char *path, struct kvr_obj **out);

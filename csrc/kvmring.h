@@ -217,8 +217,9 @@ struct kvr_guest_block {
 	uint64_t stores;   /* out: stores so far, over all commands; the last value stored */
 	uint64_t round;	   /* out: whole rounds of this command */
 	uint64_t doorbell; /* gpa without memory: written when a command is done */
+	uint64_t values;   /* gpa of an array of what to store; 0: the number of stores so far */
 };
-_Static_assert(offsetof(struct kvr_guest_block, doorbell) == 56, "guest_*.S know the offsets");
+_Static_assert(offsetof(struct kvr_guest_block, values) == 64, "guest_*.S know the offsets");
 
 extern const unsigned char kvr_guest_code[] __attribute__((visibility("hidden")));
 extern const unsigned char kvr_guest_code_end[] __attribute__((visibility("hidden")));

@@ -121,6 +121,19 @@ class Lib(Protocol):
     KVM_SET_CPUID2: int
     KVM_ARM_PREFERRED_TARGET: int
     KVM_ARM_VCPU_INIT: int
+    KVM_DEV_ARM_VGIC_GRP_ADDR: int
+    KVM_DEV_ARM_VGIC_GRP_NR_IRQS: int
+    KVM_DEV_ARM_VGIC_GRP_CTRL: int
+    KVM_DEV_ARM_VGIC_GRP_REDIST_REGS: int
+    KVM_DEV_ARM_VGIC_GRP_ITS_REGS: int
+    KVM_DEV_ARM_VGIC_CTRL_INIT: int
+    KVM_DEV_ARM_ITS_SAVE_TABLES: int
+    KVM_DEV_ARM_ITS_RESTORE_TABLES: int
+    KVM_DEV_ARM_VGIC_SAVE_PENDING_TABLES: int
+    KVM_DEV_ARM_ITS_CTRL_RESET: int
+    KVM_VGIC_V3_ADDR_TYPE_DIST: int
+    KVM_VGIC_V3_ADDR_TYPE_REDIST: int
+    KVM_VGIC_ITS_ADDR_TYPE: int
     kvr_guest_code: Pointer
 
     def kvr_open(self, path: bytes, out: Out, /) -> int: ...

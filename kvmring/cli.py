@@ -176,16 +176,28 @@ def _demo(args: argparse.Namespace) -> int:
     )
     table = _table(*columns, right=columns)
     for v in result.vcpus:
-        times = ["-" if t is None else f"{t:.1f}" for t in v.per_entry()]
-        counts = (v.vcpu, v.slot, v.pages, v.entries, v.ring_full_exits)
-        table.add_row(*map(str, counts), *times)
+        # entries and times are the ring's, whatever the slots
+        rest = (
+            v.entries,
+            v.ring_full_exits,
+            *("-" if t is None else f"{t:.1f}" for t in v.per_entry()),
+        )
+        for slot, pages in v.pages.items():
+            table.add_row(str(v.vcpu), str(slot), str(pages), *map(str, rest))
+            rest = ()
     console.print(table)
     console.print()
-    console.print(f"written by the guest: {result.pages_written} pages, {result.stores} stores")
+    console.print(
+        f"written: {result.pages_written} pages, with {result.stores} stores by the guest"
+    )
     console.print(
         f"logged: {result.pages_from_ring} pages by the rings, "
         f"{result.pages_from_bitmap} by the backup bitmap"
+        if result.source == "ring+bitmap"
+        else f"logged: {result.pages_from_ring} pages by the rings"
     )
+    if result.backup_writer:
+        console.print("written outside any vCPU:", result.backup_writer.replace(", ", "\n  "))
     if result.suspects:
         console.print(f"{result.suspects} suspects of interrupted resets, protected anew")
     if result.ok:

@@ -196,7 +196,7 @@ class VM(DirtyLog):
     # vCPUs and devices
 
     def create_vcpu(self, vcpu_id: int | None = None) -> VCPU:
-        """Create a vCPU; without an id, the next one.
+        """Create a vCPU; without an id, the lowest that is free.
 
         Ioctl: KVM_CREATE_VCPU; maps kvm_run and, where the VM has one, the dirty ring.
 
@@ -204,8 +204,11 @@ class VM(DirtyLog):
             KvmError: EEXIST, the id is taken; EINVAL, beyond the limits; ENOMEM, no room for
                 the ring.
         """
-        number = len(self._vcpus) if vcpu_id is None else vcpu_id
-        number = int_between("vcpu_id", number, 0, U32 >> 1)
+        if vcpu_id is None:
+            taken = {vcpu.id for vcpu in self._vcpus}
+            number = next(n for n in range(len(taken) + 1) if n not in taken)
+        else:
+            number = int_between("vcpu_id", vcpu_id, 0, U32 >> 1)
         vcpu = VCPU(ioctls.create_vcpu(self, number), number)
         self._vcpus.append(vcpu)
         return vcpu

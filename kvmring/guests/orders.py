@@ -45,7 +45,7 @@ def page_order(
     start = memory.gpa + first * PAGE_SIZE
     end = start + number * PAGE_SIZE
     if order == "strided":
-        step = int_between("stride", stride, 1, max(number, 1))
+        step = int_between("stride", stride, 1, 1 << 31)
         gpas: array[int] = array("Q")
         for lane in range(min(step, number)):
             gpas.extend(array("Q", range(start + lane * PAGE_SIZE, end, step * PAGE_SIZE)))

@@ -27,7 +27,7 @@ __all__ = ["PageWriter", "Progress"]
 
 ALIGN = 2 << 20
 DEFAULT_GPA = 1 << 30  # of the control slot in a VM without memory
-_BLOCK = struct.Struct("=8Q")  # struct kvr_guest_block
+_BLOCK = struct.Struct("=9Q")  # struct kvr_guest_block
 _STOP, _STORES = 24, 40
 U64 = (1 << 64) - 1
 
@@ -53,6 +53,7 @@ class _Cpu:
     vcpu: VCPU
     block: int  # offset in the control slot
     list: int
+    values: int
     gpas: array[int] = field(default_factory=lambda: array("Q"))
     before: int = 0  # stores of earlier commands
     idle: bool = True  # at the doorbell, or not started
@@ -93,7 +94,8 @@ class PageWriter:
         blocks = PAGE_SIZE
         tables_at = blocks + number * PAGE_SIZE
         # the tables map the control slot too, whose size depends on them: leave it room
-        lists = number * (-(-8 * room // PAGE_SIZE) * PAGE_SIZE)
+        list_bytes = -(-8 * room // PAGE_SIZE) * PAGE_SIZE
+        lists = 2 * number * list_bytes  # addresses, and values
         self._top = base + lists + (64 << 20) + number * PAGE_SIZE
         tables = 0 if self._arm else -(-x86_64.table_bytes(self._top) // PAGE_SIZE) * PAGE_SIZE
         lists_at = tables_at + tables
@@ -108,7 +110,12 @@ class PageWriter:
         if not self._arm:
             self._ram.write(tables_at, x86_64.tables(self._cr3, self._top))
         self._cpus = [
-            _Cpu(vm.create_vcpu(), blocks + i * PAGE_SIZE, lists_at + i * (lists // number))
+            _Cpu(
+                vm.create_vcpu(),
+                blocks + i * PAGE_SIZE,
+                lists_at + 2 * i * list_bytes,
+                lists_at + (2 * i + 1) * list_bytes,
+            )
             for i in range(number)
         ]
         if not self._arm:
@@ -135,6 +142,10 @@ class PageWriter:
     def reset(self, index: int) -> None:
         """Bring a vCPU back to its beginning, as after GuestError; load() comes next."""
         cpu = self._cpu(index)
+        if not cpu.fresh:
+            # an MMIO that is still pending would move the new program counter on (arm64)
+            cpu.vcpu.kick()
+            cpu.vcpu.run()
         if self._arm:
             arm64.reset(cpu.vcpu, self._vm.arm_preferred_target())
         else:
@@ -170,12 +181,48 @@ class PageWriter:
         number = int_between("rounds", rounds, 0, U64)
         if not pages and not number:
             raise ValueError("an empty list cannot be written for ever")
-        cpu.gpas = array("Q", pages)
+        self._command(cpu, pages, None, number, offset)
+
+    def store(self, index: int, stores: Sequence[tuple[int, int]]) -> None:
+        """Give a vCPU single stores as its next command: 64-bit values at any addresses.
+
+        Addresses may be those of devices. written(), values() and the like speak of load()
+        only.
+
+        Args:
+            index: Which vCPU.
+            stores: Pairs of guest-physical byte address, a multiple of 8, and value.
+
+        Raises:
+            ValueError: An address is not aligned, a value does not fit, or too many of them.
+        """
+        cpu = self._cpu(index)
+        gpas = array("Q", (int_between("address", gpa, 0, U64) for gpa, _ in stores))
+        values = array("Q", (int_between("value", value, 0, U64) for _, value in stores))
+        if any(gpa % 8 for gpa in gpas):
+            raise ValueError("addresses must be multiples of 8")
+        self._require_room(gpas)
+        self._command(cpu, gpas, values, 1, 0)
+
+    def _command(
+        self, cpu: _Cpu, gpas: array[int], values: array[int] | None, rounds: int, at: int
+    ) -> None:
+        cpu.gpas = array("Q", gpas)
         self._ram.write(cpu.list, cpu.gpas.tobytes())
+        if values is not None:
+            self._ram.write(cpu.values, values.tobytes())
         total = self._word(cpu, _STORES)
         base = self._ram.gpa
         block = _BLOCK.pack(
-            base + cpu.list, len(pages), number, 0, offset, total, 0, self._doorbell
+            base + cpu.list,
+            len(gpas),
+            rounds,
+            0,
+            at,
+            total,
+            0,
+            self._doorbell,
+            0 if values is None else base + cpu.values,
         )
         self._ram.write(cpu.block, block)
         cpu.before = total
@@ -185,9 +232,12 @@ class PageWriter:
             cpu.fresh = False
         cpu.idle = False
 
+    def _require_room(self, gpas: array[int]) -> None:
+        if len(gpas) > self._capacity:
+            raise ValueError(f"the list has {len(gpas)} addresses; capacity is {self._capacity}")
+
     def _check_list(self, pages: array[int]) -> None:
-        if len(pages) > self._capacity:
-            raise ValueError(f"the list has {len(pages)} pages; capacity is {self._capacity}")
+        self._require_room(pages)
         spans = [(slot.gpa, slot.end) for slot in self._vm.slots.values()]
         low, high = max(spans, key=lambda span: span[1] - span[0])
         for gpa in pages:
