@@ -1,0 +1,1 @@
+"""The tests: unit/ without a device, c/ the C alone, kvm/ on /dev/kvm, lab/ in emulated hosts."""

@@ -1,0 +1,1 @@
+"""The C alone, built with sanitizers."""
