@@ -1,0 +1,56 @@
+"""Fixtures of the lab's own tests: `lab_arch`, one run per architecture, gated.
+
+KVMRING_LAB decides: unset, the tests run where a lab can be made and are
+skipped with the reason where not; 1, a lab that cannot be made is a failure;
+0, they are skipped.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import pytest
+
+from .errors import LabError
+from .lab import ARCHES, Lab
+
+
+@functools.cache
+def _why_no_lab(arch: str) -> str | None:
+    """Return why no lab can be made for *arch*; None, and a filled cache, if it can."""
+    try:
+        Lab(arch=arch, kvmring=False).make()
+    except LabError as error:
+        return str(error)
+    return None
+
+
+def gate(arch: str) -> None:
+    """Go on, skip or fail, as KVMRING_LAB and this machine say."""
+    state = os.environ.get("KVMRING_LAB") or None
+    if state not in (None, "0", "1"):
+        pytest.fail(f"KVMRING_LAB={state}: it is unset, 0 or 1")
+    if state == "0":
+        pytest.skip("KVMRING_LAB=0")
+    reason = _why_no_lab(arch)
+    if reason is None:
+        return
+    if state == "1":
+        pytest.fail(f"KVMRING_LAB=1 and no lab: {reason}")
+    pytest.skip(f"no lab: {reason}; KVMRING_LAB=1 makes this a failure")
+
+
+@pytest.fixture(params=ARCHES)
+def lab_arch(request: pytest.FixtureRequest) -> str:
+    """Return each architecture whose lab can be made."""
+    arch = str(request.param)
+    gate(arch)
+    return arch
+
+
+@pytest.fixture
+def arm64_lab() -> Lab:
+    """Return the quickest lab, without kvmring in it."""
+    gate("arm64")
+    return Lab(arch="arm64", kvmring=False)
