@@ -12,7 +12,7 @@ import operator
 import threading
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol
 
-from kvmring.abi import check, ffi, lib
+from kvmring.abi import check, ffi, lib, uninitialised
 from kvmring.bitmap import Buffer
 from kvmring.errors import RingError, int_between
 from kvmring.owned import Owned
@@ -59,7 +59,7 @@ class DirtyGfns(Buffer):
 
     def __init__(self, capacity: int) -> None:
         self.capacity = int_between("capacity", capacity, 1, 1 << 32)
-        self._buf: Gfns = ffi.new("struct kvr_gfn[]", self.capacity)
+        self._buf: Gfns = uninitialised("struct kvr_gfn[]", self.capacity)
         self._lock = threading.Lock()
         self._used = 0
 

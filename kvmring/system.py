@@ -61,8 +61,8 @@ class System(KvmFd):
 
     __slots__ = ("_vms", "path")
 
-    def __init__(self, path: str = "/dev/kvm") -> None:
-        self.path = os.fspath(path)
+    def __init__(self, path: str | bytes | os.PathLike[str] = "/dev/kvm") -> None:
+        self.path = os.fsdecode(path)
         if "\0" in self.path:
             raise ValueError("path must not contain a NUL character")
         super().__init__(_open(self.path))
