@@ -83,15 +83,15 @@ def test_a_slot_that_does_not_log_beside_one_that_does(
 def test_a_move_keeps_the_log(kvm: System) -> None:
     """Bits count from the slot's start, and go with it to another address."""
     with Rig(kvm, pages=64) as rig:
-        top = rig.vm.add_memory(64 * PAGE, 64 * PAGE, log_dirty=True)
-        rig.write([top.gpa + page * PAGE for page in (3, 50)])
-        there = 4 * 64 * PAGE
+        top = rig.vm.add_memory(64 * PAGE, 16 * PAGE, log_dirty=True)
+        rig.write([top.gpa + page * PAGE for page in (3, 9)])
+        there = 96 * PAGE  # below the guest's own slot, also with 16 KiB pages
         version = rig.vm.slots_version
         top.move(there)
         assert top.gpa == there == rig.vm.slots[top.slot].gpa
         assert rig.vm.slots_version > version
-        rig.write([there + 63 * PAGE])
-        assert_exact([3, 50, 63], rig.vm.get_dirty_log(top.slot))
+        rig.write([there + 15 * PAGE])
+        assert_exact([3, 9, 15], rig.vm.get_dirty_log(top.slot))
         with pytest.raises(KvmError, match="EEXIST"):
             top.move(rig.ram.gpa)
         with pytest.raises(KvmError, match="EINVAL"):

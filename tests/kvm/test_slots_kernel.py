@@ -101,7 +101,7 @@ def test_a_slot_made_by_the_raw_level_is_known(kvm: System, region: Region) -> N
     """Its size is the kernel's, so that a bitmap of another is refused before it is written."""
     with Rig(kvm, pages=64) as rig:
         raw = rig.vm.add_memory(FAR, 200 * PAGE)
-        assert region(rig.vm, 9, LOG, 64 * PAGE, 200 * PAGE, raw, 0) == 0
+        assert region(rig.vm, 9, LOG, 2 * FAR, 200 * PAGE, raw, 0) == 0
         for pages in (0, 64, 199, 256):
             with pytest.raises(ValueError, match="not of the slot's size"):
                 ioctls.get_dirty_log(rig.vm, 9, DirtyBitmap(pages))
