@@ -230,3 +230,8 @@ uint64_t kvr_set_strays(const struct kvr_set *set)
 {
 	return set->strays;
 }
+
+uint64_t kvr_set_fresh(const struct kvr_set *set)
+{
+	return set->fresh;
+}

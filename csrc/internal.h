@@ -61,6 +61,7 @@ struct kvr_vm {
 	pthread_mutex_t slots_lock;
 	struct kvr_slot *slots;
 	uint32_t num_slots;
+	atomic_int frozen; /* enum kvr_freeze */
 };
 
 struct kvr_vcpu {
@@ -69,6 +70,9 @@ struct kvr_vcpu {
 	size_t run_bytes;
 	struct kvr_ring *ring; /* NULL without */
 	atomic_int tid;	       /* the thread inside KVM_RUN, or 0 */
+	pthread_mutex_t lock;  /* of what follows; never held across KVM_RUN */
+	pthread_cond_t left;   /* told at the end of every run */
+	uint64_t runs;	       /* runs that have ended */
 };
 
 struct kvr_bitmap {
@@ -84,7 +88,8 @@ struct kvr_set_slot {
 
 struct kvr_set {
 	uint32_t room, num;
-	uint64_t strays;
+	uint64_t strays; /* entries that named nothing of the set */
+	uint64_t fresh;	 /* entries whose page was not marked before */
 	struct kvr_set_slot slots[];
 };
 
@@ -129,6 +134,14 @@ static inline int kvr_expect(const struct kvr_obj *obj, enum kvr_kind kind)
 }
 
 struct kvr_ring *kvr_ring_new(uint32_t vcpu, uint32_t bytes);
+/* Is what may dirty memory refused at this level?  obj: a VM, or what belongs to one. */
+static inline bool kvr_frozen(struct kvr_obj *obj, int level)
+{
+	struct kvr_obj *vm = obj->kind == KVR_VM ? obj : obj->parent;
+
+	return vm && vm->kind == KVR_VM && atomic_load(&kvr_vm(vm)->frozen) >= level;
+}
+
 int kvr_ring_map(int vcpu_fd, uint32_t vcpu, uint32_t bytes, struct kvr_ring **out);
 struct kvr_ring *kvr_ring_get(struct kvr_ring *ring);
 struct kvr_map *kvr_map_get(struct kvr_map *map);
@@ -140,6 +153,7 @@ int kvr_kick_signal(void);
 static inline void kvr_set_mark(struct kvr_set *set, uint32_t *hint, uint32_t slot, uint64_t page)
 {
 	uint32_t low = 0, high = set->num, i = *hint;
+	uint64_t *word;
 
 	if (i >= set->num || set->slots[i].slot != slot) {
 		while (low < high) {
@@ -161,7 +175,9 @@ static inline void kvr_set_mark(struct kvr_set *set, uint32_t *hint, uint32_t sl
 		set->strays++;
 		return;
 	}
-	set->slots[i].bm->words[page / 64] |= UINT64_C(1) << (page % 64);
+	word = &set->slots[i].bm->words[page / 64];
+	set->fresh += ~*word >> (page % 64) & 1;
+	*word |= UINT64_C(1) << (page % 64);
 }
 
 #endif

@@ -19,6 +19,7 @@
 #define KVR_EFORKED 5001 /* the owner was made by another process */
 #define KVR_ESIZE 5002	 /* a bitmap is not of its slot's size */
 #define KVR_EINUSE 5003	 /* another thread is doing just this */
+#define KVR_EFROZEN 5005 /* the VM's dirty state was declared final */
 #define KVR_ENORING 5004 /* the vCPU was made without a dirty ring */
 
 struct kvr_obj;	   /* one KVM fd: system, VM, vCPU, device or statistics */
@@ -183,6 +184,8 @@ void kvr_set_free(struct kvr_set *set);
 int kvr_set_put(struct kvr_set *set, uint32_t slot, struct kvr_bitmap *bm);
 /* Entries that named no slot, or no page, of the set. */
 uint64_t kvr_set_strays(const struct kvr_set *set);
+/* Entries whose page was not marked before; the others were duplicates. */
+uint64_t kvr_set_fresh(const struct kvr_set *set);
 
 /* run.c: KVM_RUN ------------------------------------------------------- */
 
@@ -196,6 +199,13 @@ int kvr_run(struct kvr_obj *vcpu, struct kvm_run *out);
 /* Make the vCPU leave the guest: a KVM_RUN that is under way, or the next one,
  * ends with -EINTR after this call.  Several kicks may share one exit. */
 int kvr_kick(struct kvr_obj *vcpu);
+/* Make the vCPU leave the guest if it is inside, and wait until it has: what the
+ * hardware buffered is in the ring then.  -ETIMEDOUT. */
+int kvr_leave(struct kvr_obj *vcpu, uint32_t timeout_ms);
+/* Refuse what may dirty memory with -KVR_EFROZEN: nothing, KVM_RUN, or also
+ * device commands and changes of slots.  A run under way is not ended. */
+enum kvr_freeze { KVR_THAWED, KVR_FROZEN_VCPUS, KVR_FROZEN };
+int kvr_freeze(struct kvr_obj *vm, int level);
 /* 1 while a thread is inside kvr_run. */
 int kvr_running(struct kvr_obj *vcpu);
 /* The bytes of the last KVM_EXIT_IO; returns how many there are. */

@@ -73,6 +73,15 @@ static struct kvr_obj *obj_new(enum kvr_kind kind, struct kvr_obj *parent)
 	obj->generation = atomic_load(&kvr_generation);
 	if (parent)
 		obj->parent = obj_get(parent);
+	if (kind == KVR_VCPU) {
+		pthread_condattr_t attr;
+
+		pthread_condattr_init(&attr);
+		pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+		pthread_cond_init(&kvr_vcpu(obj)->left, &attr);
+		pthread_condattr_destroy(&attr);
+		pthread_mutex_init(&kvr_vcpu(obj)->lock, NULL);
+	}
 	if (kind == KVR_VM) {
 		pthread_mutex_init(&kvr_vm(obj)->rings_lock, NULL);
 		pthread_mutex_init(&kvr_vm(obj)->slots_lock, NULL);
@@ -88,6 +97,10 @@ static void obj_own(struct kvr_obj *obj, int fd)
 
 static void vcpu_unmap(struct kvr_vcpu *vcpu, bool foreign)
 {
+	if (!foreign) {
+		pthread_mutex_destroy(&vcpu->lock);
+		pthread_cond_destroy(&vcpu->left);
+	}
 	if (vcpu->ring)
 		kvr_ring_put(vcpu->ring);
 	if (vcpu->run && !foreign)

@@ -5,7 +5,7 @@
  * A kick sets immediate_exit, then signals the thread that is inside KVM_RUN.
  * The signal ends a guest that runs; the flag ends an entry that had not begun
  * when the signal came.  The flag is taken back by the run that it ended, and by
- * no other, so no kick is lost and none ends two runs.
+ * no other, so no kick is lost.  A signal that comes late may end one run more.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -14,6 +14,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "internal.h"
@@ -66,6 +67,15 @@ static void unblock_kick(void)
 	pthread_sigmask(SIG_UNBLOCK, &set, NULL);
 }
 
+static void leave(struct kvr_vcpu *vcpu)
+{
+	pthread_mutex_lock(&vcpu->lock);
+	vcpu->runs++;
+	atomic_store(&vcpu->tid, 0);
+	pthread_cond_broadcast(&vcpu->left);
+	pthread_mutex_unlock(&vcpu->lock);
+}
+
 int kvr_run(struct kvr_obj *obj, struct kvm_run *out)
 {
 	struct kvr_vcpu *vcpu = kvr_vcpu(obj);
@@ -76,10 +86,18 @@ int kvr_run(struct kvr_obj *obj, struct kvm_run *out)
 	if (obj->kind != KVR_VCPU)
 		return kvr_ioctl_int(obj, KVM_RUN, 0);
 	unblock_kick();
+	if (kvr_frozen(obj, KVR_FROZEN_VCPUS))
+		return -KVR_EFROZEN;
 	/* Sequentially consistent, against kvr_kick(): either the kicker sees this
 	 * thread, or KVM sees immediate_exit. */
 	if (!atomic_compare_exchange_strong(&vcpu->tid, &idle, (int)gettid()))
 		return -KVR_EINUSE;
+	/* Asked again, now that kvr_leave() can see this thread: it comes after the
+	 * freeze, and finds either nobody or somebody to wait for. */
+	if (kvr_frozen(obj, KVR_FROZEN_VCPUS)) {
+		leave(vcpu);
+		return -KVR_EFROZEN;
+	}
 	ret = ioctl(obj->fd, KVM_RUN, 0) < 0 ? -errno : 0;
 	/* The return code comes before exit_reason: an interrupted run leaves the
 	 * reason of an earlier exit standing. */
@@ -90,7 +108,7 @@ int kvr_run(struct kvr_obj *obj, struct kvm_run *out)
 	}
 	if (ret == -EFAULT && out->exit_reason == KVM_EXIT_MEMORY_FAULT)
 		ret = 0;
-	atomic_store(&vcpu->tid, 0);
+	leave(vcpu);
 	return ret;
 }
 
@@ -109,6 +127,42 @@ int kvr_kick(struct kvr_obj *obj)
 	if (tid)
 		syscall(SYS_tgkill, getpid(), tid, kick_signal);
 	return 0;
+}
+
+int kvr_leave(struct kvr_obj *obj, uint32_t timeout_ms)
+{
+	struct kvr_vcpu *vcpu = kvr_vcpu(obj);
+	int ret = kvr_expect(obj, KVR_VCPU);
+	struct timespec until;
+	uint64_t seen;
+
+	if (ret)
+		return ret;
+	clock_gettime(CLOCK_MONOTONIC, &until);
+	until.tv_sec += timeout_ms / 1000;
+	until.tv_nsec += (long)(timeout_ms % 1000) * 1000000;
+	if (until.tv_nsec >= 1000000000) {
+		until.tv_nsec -= 1000000000;
+		until.tv_sec++;
+	}
+	pthread_mutex_lock(&vcpu->lock);
+	seen = vcpu->runs;
+	if (atomic_load(&vcpu->tid)) {
+		kvr_kick(obj);
+		while (!ret && vcpu->runs == seen)
+			ret = -pthread_cond_timedwait(&vcpu->left, &vcpu->lock, &until);
+	}
+	pthread_mutex_unlock(&vcpu->lock);
+	return ret;
+}
+
+int kvr_freeze(struct kvr_obj *obj, int level)
+{
+	int ret = kvr_expect(obj, KVR_VM);
+
+	if (!ret)
+		atomic_store(&kvr_vm(obj)->frozen, level);
+	return ret;
 }
 
 int kvr_running(struct kvr_obj *obj)

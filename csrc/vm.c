@@ -121,6 +121,8 @@ int kvr_set_memory(struct kvr_obj *vm, int version, uint32_t slot, uint32_t flag
 		return -KVR_EFORKED;
 	if (bytes && (!map || map_offset > map->bytes || bytes > map->bytes - map_offset))
 		return -EFAULT;
+	if (kvr_frozen(vm, KVR_FROZEN))
+		return -KVR_EFROZEN;
 	if (vm->kind != KVR_VM) /* the kernel's own no; it reads nothing of it */
 		return region_ioctl(vm, version, slot, flags, gpa, bytes, 0);
 	pthread_mutex_lock(&kvr_vm(vm)->slots_lock);
@@ -183,6 +185,8 @@ int kvr_device_attr(struct kvr_obj *obj, unsigned long request, uint32_t group, 
 
 	if (len > sizeof(bounce))
 		return -EINVAL;
+	if (request == KVM_SET_DEVICE_ATTR && kvr_frozen(obj, KVR_FROZEN))
+		return -KVR_EFROZEN;
 	if (len)
 		memcpy(bounce, buf, len);
 	else

@@ -23,7 +23,10 @@ from kvmring.errors import (
 from kvmring.memory import GuestMemory
 from kvmring.registers import CpuidEntry, DTable, Regs, Segment, Sregs
 from kvmring.ring import DirtyGfn, DirtyGfns, DirtyRing
+from kvmring.runner import Runner
+from kvmring.sources import Source, TrackerStats
 from kvmring.system import System
+from kvmring.tracker import Tracker
 from kvmring.vcpu import VCPU
 from kvmring.vm import VM
 
@@ -56,10 +59,14 @@ __all__ = [
     "Regs",
     "ResetResult",
     "RingError",
+    "Runner",
     "Segment",
+    "Source",
     "Sregs",
     "StateError",
     "System",
+    "Tracker",
+    "TrackerStats",
     "__version__",
     "page_size",
 ]

@@ -187,6 +187,10 @@ def check(name: str, ret: int) -> int:
         raise StateError(f"{name}: another thread is doing this at the moment")
     if ret == -lib.KVR_ENORING:
         raise StateError(f"{name}: the vCPU has no dirty ring; enable_dirty_ring() comes before it")
+    if ret == -lib.KVR_EFROZEN:
+        raise StateError(
+            f"{name}: a Tracker has declared the VM's dirty state final; close it first"
+        )
     hint = HINTS.get((name, -ret), ANY_IOCTL.get(-ret, ""))
     raise KvmError(-ret, name, hint)
 

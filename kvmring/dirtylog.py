@@ -11,20 +11,23 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from kvmring import ioctls
-from kvmring.abi import lib
+from kvmring.abi import check, lib
 from kvmring.bitmap import DirtyBitmap
 from kvmring.device import Attributes
 from kvmring.dirtyset import DirtySet, MemorySlot
-from kvmring.errors import RingError, int_between
-from kvmring.memory import MAX_SLOT, SlotTable
+from kvmring.errors import RingError, StateError, int_between
+from kvmring.memory import MAX_SLOT, SlotTable, _unwatched
 from kvmring.ring import harvest
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
+    from contextlib import AbstractContextManager
 
     from kvmring._kvm import Obj
     from kvmring.ring import Target
+
+    SlotWatcher = Callable[[int], AbstractContextManager[object]]
 
 __all__ = ["DirtyLog", "ResetResult"]
 
@@ -62,6 +65,22 @@ class DirtyLog(Attributes):
         """Close the handle."""
         self._table.close()
         super().close()
+
+    def _watch_slots(self, watcher: SlotWatcher | None) -> None:
+        """Have a context entered around every change of a slot; None ends that.
+
+        Raises:
+            StateError: Another Tracker watches this VM.
+        """
+        self._require_open()
+        if watcher is not None and self._table.watcher is not _unwatched:
+            raise StateError("another Tracker tracks this VM; close it first")
+        self._table.watcher = watcher or _unwatched
+
+    def freeze(self, level: int) -> None:
+        """Refuse what may dirty memory: lib.KVR_THAWED, KVR_FROZEN_VCPUS or KVR_FROZEN."""
+        check("freeze", lib.kvr_freeze(self.handle, level))
+        self._table.final = level == lib.KVR_FROZEN
 
     @property
     def slots(self) -> Mapping[int, MemorySlot]:

@@ -88,7 +88,7 @@ class DirtySet(Mapping[int, DirtyBitmap]):
         One operation at a time; a harvest into the set from another thread waits.
     """
 
-    __slots__ = ("_bitmaps", "_c_set", "_lock", "_seen", "_slots", "_strays", "_vm")
+    __slots__ = ("_bitmaps", "_c_set", "_fresh", "_lock", "_seen", "_slots", "_strays", "_vm")
 
     def __init__(self, vm: HasSlots) -> None:
         self._lock = threading.Lock()
@@ -97,7 +97,7 @@ class DirtySet(Mapping[int, DirtyBitmap]):
         self._bitmaps: dict[int, DirtyBitmap] = {}
         self._seen = -1
         self._c_set: Set | None = None
-        self._strays = 0
+        self._strays = self._fresh = 0
         with self._lock:
             self._sync()
 
@@ -109,6 +109,11 @@ class DirtySet(Mapping[int, DirtyBitmap]):
         """
         current = 0 if self._c_set is None else lib.kvr_set_strays(self._c_set)
         return self._strays + current
+
+    @property
+    def fresh(self) -> int:
+        """Entries harvested whose page was not dirty here before; the others were duplicates."""
+        return self._fresh + (0 if self._c_set is None else lib.kvr_set_fresh(self._c_set))
 
     def _sync(self) -> Set:
         """Take in the VM's slots as they are now. Called with the lock held."""
@@ -139,6 +144,7 @@ class DirtySet(Mapping[int, DirtyBitmap]):
             check("set", lib.kvr_set_put(fresh, number, self._bitmaps[number].handle))
         if self._c_set is not None:
             self._strays += lib.kvr_set_strays(self._c_set)
+            self._fresh += lib.kvr_set_fresh(self._c_set)
         self._c_set = fresh
 
     def _fill(self, source: Source, limit: int | None) -> int:
@@ -239,7 +245,7 @@ class DirtySet(Mapping[int, DirtyBitmap]):
         with self._lock:
             self._slots.clear()
             self._bitmaps.clear()
-            self._strays = 0
+            self._strays = self._fresh = 0
             self._c_set = None
             self._sync()
 
@@ -258,6 +264,7 @@ class DirtySet(Mapping[int, DirtyBitmap]):
             twin._bitmaps[number] = DirtyBitmap(len(bitmap), lock=twin._lock)
             twin._bitmaps[number] |= bitmap
         twin._strays = self.strays
+        twin._fresh = self.fresh
         twin._rebuild()
         return twin
 

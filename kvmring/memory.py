@@ -7,6 +7,7 @@ count of the changes tells who holds an old copy.
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,9 @@ from kvmring.errors import StateError, int_between
 from kvmring.owned import Owned
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
     from kvmring._kvm import Map, Obj
     from kvmring.dirtyset import MemorySlot
 
@@ -26,21 +30,29 @@ MAX_GPA = (1 << 52) - 1
 MAX_SIZE = ((1 << 31) - 1) * PAGE_SIZE  # KVM_MEM_MAX_NR_PAGES
 
 
+def _unwatched(number: int) -> AbstractContextManager[object]:
+    return nullcontext()
+
+
 class SlotTable(Owned["Obj"]):
     """The slots of a VM, as KVM accepted them, and the one way to change them.
 
     Attributes:
         slots: slot -> MemorySlot.
         version: Grows with every change.
+        watcher: Entered with the slot's number around every change; a Tracker's.
+        final: The memory's dirty state was declared final: write() is refused.
     """
 
-    __slots__ = ("_lock", "slots", "version")
+    __slots__ = ("_lock", "final", "slots", "version", "watcher")
 
     def __init__(self, vm_handle: Obj) -> None:
         super().__init__(vm_handle)
         self._lock = threading.Lock()
         self.slots: dict[int, MemorySlot] = {}
         self.version = 0
+        self.watcher: Callable[[int], AbstractContextManager[object]] = _unwatched
+        self.final = False
 
     def __del__(self) -> None:
         """Say nothing: the VM's own handle complains when it was not closed."""
@@ -62,14 +74,14 @@ class SlotTable(Owned["Obj"]):
         if slot.readonly:
             flags |= MemFlag.READONLY
         ioctl = ioctls.set_user_memory_region2 if region2 else ioctls.set_user_memory_region
-        with self._lock:
+        with self.watcher(slot.slot), self._lock:
             ioctl(self, slot.slot, flags, slot.gpa, slot.size_bytes, memory, offset)
             self.slots[slot.slot] = slot
             self.version += 1
 
     def delete(self, slot: int, memory: Owned[Map]) -> None:
         """Delete a slot."""
-        with self._lock:
+        with self.watcher(slot), self._lock:
             ioctls.set_user_memory_region(self, slot, 0, 0, 0, memory, 0)
             del self.slots[slot]
             self.version += 1
@@ -179,6 +191,8 @@ class GuestMemory(Owned["Map"]):
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Copy bytes in. KVM does not log it."""
+        if self._table.final:
+            raise StateError("write: a Tracker has frozen the VM's memory; close it first")
         source = memoryview(data).cast("B")
         start, size = self._range(offset, len(source))
         with ffi.from_buffer("unsigned char[]", source) as buf:

@@ -94,6 +94,17 @@ class VCPU(Attributes):
         """
         check("kick", lib.kvr_kick(self.handle))
 
+    def leave_guest(self, *, timeout_s: float = 10.0) -> None:
+        """Make the vCPU leave the guest if it is inside, and wait until it has.
+
+        What the hardware had buffered (PML) is in the dirty ring, or the bitmap, then.
+
+        Raises:
+            KvmError: ETIMEDOUT.
+        """
+        millis = int_between("timeout in ms", int(timeout_s * 1000), 0, U32)
+        check("leave_guest", lib.kvr_leave(self.handle, millis))
+
     @property
     def running(self) -> bool:
         """Whether a thread is inside run() at this moment."""

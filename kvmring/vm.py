@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from kvmring import ioctls, stats
@@ -15,7 +16,7 @@ from kvmring.memory import MAX_GPA, MAX_SIZE, MAX_SLOT, GuestMemory, new_map
 from kvmring.vcpu import VCPU
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from kvmring._kvm import Map, Obj
     from kvmring.owned import Owned
@@ -315,6 +316,11 @@ class VM(DirtyLog):
             self._removed.append(old)
         self._memory[number] = memory
         return memory
+
+    @property
+    def memory(self) -> Mapping[int, GuestMemory]:
+        """The memory handles, by slot."""
+        return MappingProxyType(self._memory)
 
     def _slot_number(self, slot: int | None, as_id: int) -> int:
         space = int_between("as_id", as_id, 0, MAX_SLOT >> 16)

@@ -36,6 +36,9 @@ ORDER = [
     {"vcpu"},
     {"dirtylog"},
     {"vm"},
+    {"sources"},
+    {"runner"},
+    {"tracker"},
     {"system"},
     {"vgic"},
     {"guests.orders", "guests.arm64", "guests.x86_64", "guests.its"},
@@ -55,6 +58,7 @@ C_ABOVE = {
     "vcpu": {"ffi", "lib"},  # the ring's owner, kick and respond: no ioctls, so not in ioctls.py
     "dirtylog": {"lib"},  # the harvest of all rings
     "vm": {"ffi", "lib"},  # the size of a ring
+    "tracker": {"lib"},  # the levels of VM.freeze()
     "device": {"lib"},  # constants, and the fd's number
 }
 
