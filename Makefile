@@ -21,7 +21,7 @@ upper = $(shell echo $1 | tr a-z A-Z)
 LAB = $(BIN)/python -m tests.lab $(LAB_OPTIONS)
 LAB_PACKAGES := qemu-system-arm qemu-system-x86 gcc-aarch64-linux-gnu libc6-dev-arm64-cross
 
-.PHONY: help demo test test-lab lint format clean system lab lab-arm64 lab-x86 lab-shell \
+.PHONY: help demo test test-lab soak lint format clean system lab lab-arm64 lab-x86 lab-shell \
 	lab-system support-table
 
 help: ## list the targets
@@ -74,7 +74,10 @@ demo: $(VENV)/.run ## set up, then run the main job: here, or where KVM is missi
 test: $(VENV)/.test lab-system ## set up, then run the tests, and of the labs a short selection
 	@$(BIN)/python -m pytest -m "not lab or smoke" $(ARGS)
 
-test-lab: $(VENV)/.test lab-system ## all of tests/kvm in every lab
+test-soak: $(VENV)/.test ## random migrations under a signal flood, for SECONDS=60
+	@$(BIN)/python -m tests.soak --seconds $(or $(SECONDS),60) $(ARGS)
+
+lab: $(VENV)/.test lab-system ## all of tests/kvm in every lab
 	@KVMRING_LAB=1 $(BIN)/python -m pytest tests/lab $(ARGS)
 
 lab: $(VENV)/.test lab-system ## run CMD='...' on an emulated host: ARCH= SUITE= KERNEL= MODULES= ...

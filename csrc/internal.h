@@ -11,8 +11,11 @@
 
 #include "kvmring.h"
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdbool.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 enum kvr_kind { KVR_SYSTEM, KVR_VM, KVR_VCPU, KVR_DEVICE, KVR_STATS };
 
@@ -147,6 +150,23 @@ struct kvr_ring *kvr_ring_get(struct kvr_ring *ring);
 struct kvr_map *kvr_map_get(struct kvr_map *map);
 size_t kvr_page_size(void);
 int kvr_kick_signal(void);
+
+/*
+ * Keep every signal from this thread.  By the bare system call: the C library's
+ * keeps two signals for itself, and those interrupt an ioctl as well as any.
+ */
+static inline uint64_t kvr_block_signals(void)
+{
+	uint64_t all = ~UINT64_C(0), before = 0;
+
+	syscall(SYS_rt_sigprocmask, SIG_SETMASK, &all, &before, sizeof(all));
+	return before;
+}
+
+static inline void kvr_restore_signals(uint64_t before)
+{
+	syscall(SYS_rt_sigprocmask, SIG_SETMASK, &before, NULL, sizeof(before));
+}
 
 /* Mark one page in the set, or count it as a stray.  hint: where the last one
  * was found; runs of entries are of one slot. */

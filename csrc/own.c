@@ -199,6 +199,17 @@ int kvr_open(const char *path, struct kvr_obj **out)
 	return 0;
 }
 
+/* KVM makes kernel threads for a VM, and gives up with EINTR when a signal is
+ * pending just then: under a profiler's timer, say, for ever. */
+static int create_ioctl(struct kvr_obj *parent, unsigned long request, unsigned long arg)
+{
+	uint64_t before = kvr_block_signals();
+	int ret = kvr_ioctl_int(parent, request, arg);
+
+	kvr_restore_signals(before);
+	return ret;
+}
+
 int kvr_create_vm(struct kvr_obj *sys, unsigned long type, struct kvr_obj **out)
 {
 	struct kvr_obj *obj;
@@ -210,7 +221,7 @@ int kvr_create_vm(struct kvr_obj *sys, unsigned long type, struct kvr_obj **out)
 	obj = obj_new(KVR_VM, NULL);
 	if (!obj)
 		return -ENOMEM;
-	fd = kvr_ioctl_int(sys, KVM_CREATE_VM, type);
+	fd = create_ioctl(sys, KVM_CREATE_VM, type);
 	if (fd < 0) {
 		kvr_obj_put(obj);
 		return fd;
@@ -276,7 +287,7 @@ int kvr_create_vcpu(struct kvr_obj *vm, unsigned long id, struct kvr_obj **out)
 	/* Rings are listed in the order in which KVM made the vCPUs, which is the
 	 * order in which it resets them: so creation is serialised. */
 	pthread_mutex_lock(&kvr_vm(vm)->rings_lock);
-	ret = kvr_ioctl_int(vm, KVM_CREATE_VCPU, id);
+	ret = create_ioctl(vm, KVM_CREATE_VCPU, id);
 	if (ret >= 0) {
 		obj_own(obj, ret);
 		ret = vcpu_map_run(kvr_vcpu(obj));

@@ -8,13 +8,10 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include "internal.h"
 
@@ -347,7 +344,7 @@ int kvr_reset_dirty_rings(struct kvr_obj *obj, int guarded, struct kvr_set *susp
 			  struct kvr_reset_result *out)
 {
 	struct kvr_vm *vm = kvr_vm(obj);
-	uint64_t all = ~UINT64_C(0), before = 0;
+	uint64_t before = 0;
 	int ret;
 
 	*out = (struct kvr_reset_result){ 0 };
@@ -360,13 +357,11 @@ int kvr_reset_dirty_rings(struct kvr_obj *obj, int guarded, struct kvr_set *susp
 		pthread_mutex_lock(&vm->rings[i]->lock);
 		out->expected += vm->rings[i]->fetch - vm->rings[i]->reset;
 	}
-	/* The bare system call: the C library's keeps two signals for itself, and
-	 * those would cut a reset short as well as any other. */
 	if (guarded)
-		syscall(SYS_rt_sigprocmask, SIG_SETMASK, &all, &before, sizeof(all));
+		before = kvr_block_signals();
 	ret = reset_all(vm, guarded, suspects, out);
 	if (guarded)
-		syscall(SYS_rt_sigprocmask, SIG_SETMASK, &before, NULL, sizeof(before));
+		kvr_restore_signals(before);
 	for (uint32_t i = 0; i < vm->num_rings; i++)
 		pthread_mutex_unlock(&vm->rings[i]->lock);
 	pthread_mutex_unlock(&vm->rings_lock);

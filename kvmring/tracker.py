@@ -320,6 +320,8 @@ class Tracker:
             running = [vcpu.id for vcpu in self.vm.vcpus if not vcpu.closed and vcpu.running]
             if running:
                 raise StateError(f"vCPU {running[0]} is running: pause all vCPUs, then rearm()")
+            if not self._rings:
+                return  # bitmaps have no suspects
             self._reap()
             for number, bitmap in self._suspects.items():
                 slot = self.vm.slots.get(number)

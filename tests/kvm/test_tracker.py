@@ -166,6 +166,27 @@ def test_turning_logging_off_keeps_what_was_logged(tracked: tuple[Rig, Tracker])
     assert_exact([30, 31, 32], pages_in(rig, tracker.collect()))
 
 
+def test_rearm_keeps_everything(tracked: tuple[Rig, Tracker]) -> None:
+    rig, tracker = tracked
+    write(rig, tracker, [40])
+    tracker.rearm()
+    write(rig, tracker, [41])
+    assert_exact([40, 41], pages_in(rig, tracker.collect()))
+
+
+def test_suspects_stay_dirty_until_rearmed(kvm: System, facts: RingFacts) -> None:
+    with rig_for(kvm, facts, "ring") as rig, Tracker(rig.vm) as tracker:
+        tracker._suspects[rig.ram.slot].set(77)  # as a reset that was cut short leaves them
+        for _ in range(3):
+            assert_exact([77], pages_in(rig, tracker.collect()))
+        assert_exact([77], pages_in(rig, tracker.suspects))
+        tracker.rearm()
+        assert_exact([77], pages_in(rig, tracker.collect()))
+        assert pages_in(rig, tracker.collect()) == []
+        write(rig, tracker, [77])
+        assert_exact([77], pages_in(rig, tracker.collect()))
+
+
 def test_only_one_tracker_at_a_time(tracked: tuple[Rig, Tracker]) -> None:
     rig, tracker = tracked
     second = Tracker(rig.vm, tracker.source)
