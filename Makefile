@@ -74,10 +74,10 @@ demo: $(VENV)/.run ## set up, then run the main job: here, or where KVM is missi
 test: $(VENV)/.test lab-system ## set up, then run the tests, and of the labs a short selection
 	@$(BIN)/python -m pytest -m "not lab or smoke" $(ARGS)
 
-test-soak: $(VENV)/.test ## random migrations under a signal flood, for SECONDS=60
+soak: $(VENV)/.test ## random migrations under a signal flood, for SECONDS=60
 	@$(BIN)/python -m tests.soak --seconds $(or $(SECONDS),60) $(ARGS)
 
-lab: $(VENV)/.test lab-system ## all of tests/kvm in every lab
+test-lab: $(VENV)/.test lab-system ## all of tests/kvm in every lab
 	@KVMRING_LAB=1 $(BIN)/python -m pytest tests/lab $(ARGS)
 
 lab: $(VENV)/.test lab-system ## run CMD='...' on an emulated host: ARCH= SUITE= KERNEL= MODULES= ...

@@ -302,7 +302,7 @@ long kvr_ring_harvest(struct kvr_ring *ring, struct kvr_gfn *gfns, struct kvr_se
 		      uint64_t max, struct kvr_fault *fault);
 long kvr_vm_harvest(struct kvr_obj *vm, struct kvr_gfn *gfns, struct kvr_set *set, uint64_t max,
 		    struct kvr_fault *fault);
-int kvr_reset_dirty_rings(struct kvr_obj *vm, int guarded, struct kvr_set *suspects,
+int kvr_reset_dirty_rings(struct kvr_obj *vm, int guarded, struct kvr_gfn *suspects, uint32_t room,
 			  struct kvr_reset_result *out);
 int kvr_ring_synthetic(uint32_t entries, struct kvr_ring **out);
 long kvr_synthetic_push(struct kvr_ring *ring, uint32_t slot, uint64_t first, uint32_t num);

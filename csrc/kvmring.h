@@ -49,7 +49,7 @@ struct kvr_fault {
 struct kvr_reset_result {
 	uint64_t reset;	   /* entries that KVM said it reset */
 	uint64_t expected; /* entries that were harvested and not yet reset */
-	uint64_t suspects; /* entries whose pages may have stayed writable */
+	uint64_t suspects; /* entries listed, whose pages may have stayed writable */
 	uint32_t calls;	   /* ioctls made */
 	uint32_t unknown;  /* suspects that could not be named any more */
 };
@@ -139,10 +139,11 @@ long kvr_vm_harvest(struct kvr_obj *vm, struct kvr_gfn *gfns, struct kvr_set *se
 		    struct kvr_fault *fault);
 /*
  * KVM_RESET_DIRTY_RINGS.  guarded: with every signal of the thread blocked, a
- * short count completed, and the pages that it may have left writable marked in
- * suspects.  Not guarded: the bare ioctl, once.  Harvesters wait meanwhile.
+ * short count completed, and the pages that it may have left writable listed in
+ * suspects; those that found no room there are counted as unknown.  Not guarded:
+ * the bare ioctl, once.  Harvesters wait meanwhile.
  */
-int kvr_reset_dirty_rings(struct kvr_obj *vm, int guarded, struct kvr_set *suspects,
+int kvr_reset_dirty_rings(struct kvr_obj *vm, int guarded, struct kvr_gfn *suspects, uint32_t room,
 			  struct kvr_reset_result *out);
 
 /* synthetic.c: a ring without KVM, for tests of the harvest ------------- */

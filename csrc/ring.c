@@ -262,6 +262,11 @@ long kvr_vm_harvest(struct kvr_obj *obj, struct kvr_gfn *gfns, struct kvr_set *s
 	return faulty ? -EPROTO : (long)taken;
 }
 
+struct suspects {
+	struct kvr_gfn *gfns;
+	uint32_t used, room;
+};
+
 /*
  * The last batch of a short reset: KVM had counted it and freed its entries
  * when it saw a signal, but had not yet taken write access away.  A batch is a
@@ -271,9 +276,9 @@ long kvr_vm_harvest(struct kvr_obj *obj, struct kvr_gfn *gfns, struct kvr_set *s
  * [first, last) was counted by the short call.
  */
 static uint64_t mark_suspects(struct kvr_ring *ring, uint32_t first, uint32_t last,
-			      struct kvr_set *suspects, uint32_t *unknown)
+			      struct suspects *suspects, uint32_t *unknown)
 {
-	uint32_t mask = ring->entries - 1, hint = 0, slot = 0;
+	uint32_t mask = ring->entries - 1, slot = 0;
 	uint64_t low = 0, high = 0, n = 0;
 
 	for (uint32_t i = last; i != first; i--) {
@@ -293,14 +298,19 @@ static uint64_t mark_suspects(struct kvr_ring *ring, uint32_t first, uint32_t la
 		high = gfn->offset > high ? gfn->offset : high;
 		if (high - low >= RESET_BATCH_PAGES)
 			break;
-		kvr_set_mark(suspects, &hint, slot, gfn->offset);
+		if (suspects->used == suspects->room) {
+			*unknown += 1;
+			break;
+		}
+		suspects->gfns[suspects->used++] =
+			(struct kvr_gfn){ slot, ring->vcpu, gfn->offset };
 		n++;
 	}
 	return n;
 }
 
 /* Account for n entries that one call reset, in KVM's order: vCPU by vCPU. */
-static void account(struct kvr_vm *vm, uint64_t n, bool is_short, struct kvr_set *suspects,
+static void account(struct kvr_vm *vm, uint64_t n, bool is_short, struct suspects *suspects,
 		    struct kvr_reset_result *out)
 {
 	struct kvr_ring *last = NULL;
@@ -318,11 +328,11 @@ static void account(struct kvr_vm *vm, uint64_t n, bool is_short, struct kvr_set
 		ring->reset += done;
 		n -= done;
 	}
-	if (is_short && last && suspects)
+	if (is_short && last)
 		out->suspects += mark_suspects(last, first, last->reset, suspects, &out->unknown);
 }
 
-static int reset_all(struct kvr_vm *vm, bool guarded, struct kvr_set *suspects,
+static int reset_all(struct kvr_vm *vm, bool guarded, struct suspects *suspects,
 		     struct kvr_reset_result *out)
 {
 	uint32_t stalls = 0;
@@ -340,9 +350,10 @@ static int reset_all(struct kvr_vm *vm, bool guarded, struct kvr_set *suspects,
 	return 0;
 }
 
-int kvr_reset_dirty_rings(struct kvr_obj *obj, int guarded, struct kvr_set *suspects,
+int kvr_reset_dirty_rings(struct kvr_obj *obj, int guarded, struct kvr_gfn *gfns, uint32_t room,
 			  struct kvr_reset_result *out)
 {
+	struct suspects suspects = { gfns, 0, room };
 	struct kvr_vm *vm = kvr_vm(obj);
 	uint64_t before = 0;
 	int ret;
@@ -359,7 +370,7 @@ int kvr_reset_dirty_rings(struct kvr_obj *obj, int guarded, struct kvr_set *susp
 	}
 	if (guarded)
 		before = kvr_block_signals();
-	ret = reset_all(vm, guarded, suspects, out);
+	ret = reset_all(vm, guarded, &suspects, out);
 	if (guarded)
 		kvr_restore_signals(before);
 	for (uint32_t i = 0; i < vm->num_rings; i++)

@@ -125,22 +125,21 @@ class DirtyLog(Attributes):
             KvmError: EINVAL, the VM has no dirty ring; EIO, another process's VM.
             RingError: KVM's count does not agree with what was harvested.
         """
-        suspects = DirtySet(self)
-        with suspects.writing() as c_set:
-            result = ioctls.reset_dirty_rings(self, guarded=True, suspects=c_set)
-        if result["reset"] != result["expected"]:
+        done = ioctls.reset_dirty_rings(self, guarded=True)
+        if done.reset != done.expected:
             raise RingError(
-                f"KVM reset {result['reset']} entries where {result['expected']} were harvested; "
+                f"KVM reset {done.reset} entries where {done.expected} were harvested; "
                 "another harvester is at work, or KVM did not finish"
             )
-        if result["unknown"]:
+        suspects = DirtySet(self)  # costs nothing while it stays empty
+        for slot, page in done.suspects:
+            if slot in suspects and page < len(suspects[slot]):
+                suspects[slot].set(page)
+        if done.unknown:
             for bitmap in suspects.values():
                 bitmap.set(0, num_pages=len(bitmap))
         return ResetResult(
-            reset=result["reset"],
-            suspects=suspects,
-            calls=result["calls"],
-            unknown=result["unknown"],
+            reset=done.reset, suspects=suspects, calls=done.calls, unknown=done.unknown
         )
 
     def get_dirty_log(self, slot: int, *, into: DirtyBitmap | None = None) -> DirtyBitmap:

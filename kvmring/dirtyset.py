@@ -98,8 +98,6 @@ class DirtySet(Mapping[int, DirtyBitmap]):
         self._seen = -1
         self._c_set: Set | None = None
         self._strays = self._fresh = 0
-        with self._lock:
-            self._sync()
 
     @property
     def strays(self) -> int:
@@ -167,10 +165,18 @@ class DirtySet(Mapping[int, DirtyBitmap]):
                 self._sync()
         return self._bitmaps[slot]
 
+    def _cover(self) -> None:
+        """Have a bitmap for every slot; until the first need there is none."""
+        if self._seen < 0:
+            with self._lock:
+                self._sync()
+
     def __iter__(self) -> Iterator[int]:
+        self._cover()
         return iter(sorted(self._bitmaps))
 
     def __len__(self) -> int:
+        self._cover()
         return len(self._bitmaps)
 
     def __bool__(self) -> bool:
@@ -182,6 +188,7 @@ class DirtySet(Mapping[int, DirtyBitmap]):
 
     def slot_of(self, slot: int) -> MemorySlot:
         """Return where a slot lies, as of when the set took it in."""
+        self._cover()
         return self._slots[slot]
 
     def _overlapping(self) -> bool:
@@ -247,7 +254,7 @@ class DirtySet(Mapping[int, DirtyBitmap]):
             self._bitmaps.clear()
             self._strays = self._fresh = 0
             self._c_set = None
-            self._sync()
+            self._seen = -1
 
     def copy(self) -> DirtySet:
         """Return a set of its own with the same pages dirty."""
@@ -265,7 +272,8 @@ class DirtySet(Mapping[int, DirtyBitmap]):
             twin._bitmaps[number] |= bitmap
         twin._strays = self.strays
         twin._fresh = self.fresh
-        twin._rebuild()
+        if bitmaps:
+            twin._rebuild()
         return twin
 
     __copy__ = copy

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import errno
 import operator
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from kvmring.abi import Exit, check, exit_from, ffi, lib, out, owner
+from kvmring.abi import Exit, check, exit_from, ffi, lib, out, owner, uninitialised
 from kvmring.errors import KvmNotSupported
 
 if TYPE_CHECKING:
@@ -141,16 +141,29 @@ def clear_dirty_log(vm: Handle, slot: int, bitmap: Handle, first_page: int, num_
     )
 
 
-def reset_dirty_rings(vm: Handle, *, guarded: bool, suspects: Any = None) -> Struct:
+_SUSPECTS = 1024  # sixteen short calls' worth
+
+
+class ResetCounts(NamedTuple):
+    """What struct kvr_reset_result says, and the suspects as (slot, page)."""
+
+    reset: int
+    expected: int
+    calls: int
+    unknown: int
+    suspects: list[tuple[int, int]]
+
+
+def reset_dirty_rings(vm: Handle, *, guarded: bool) -> ResetCounts:
     """KVM_RESET_DIRTY_RINGS, guarded against signals or bare; see kvr_reset_dirty_rings()."""
     result = ffi.new("struct kvr_reset_result *")
+    gfns = uninitialised("struct kvr_gfn[]", _SUSPECTS)
     check(
         "KVM_RESET_DIRTY_RINGS",
-        lib.kvr_reset_dirty_rings(
-            vm.handle, guarded, ffi.NULL if suspects is None else suspects, result
-        ),
+        lib.kvr_reset_dirty_rings(vm.handle, guarded, gfns, _SUSPECTS, result),
     )
-    return as_dict(result[0])
+    suspects = [(gfns[i].slot, gfns[i].offset) for i in range(result.suspects)]
+    return ResetCounts(result.reset, result.expected, result.calls, result.unknown, suspects)
 
 
 def create_device(vm: Handle, device_type: int, flags: int) -> Any:

@@ -37,7 +37,7 @@ class TrackerStats:
         resets, short_resets: Resets, and those that KVM did not finish at once.
         suspects: Pages that such may have left unprotected.
         backup_pages: Pages that only the backup bitmap named.
-        pages: Pages collected, a page once per collection.
+        pages: Pages collected, a page once per collection; suspects are not counted again.
         high_water: By vCPU id, the most entries that one harvest found in its ring.
     """
 

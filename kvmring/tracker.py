@@ -77,6 +77,7 @@ class Tracker:
         self._pending = DirtySet(vm)  # harvested, and not yet given to anybody
         self._suspects = DirtySet(vm)
         self._runner: Runner | None = None
+        self._beside_rings = 0  # pages pending that no ring's entry brought
         self._full_warned = False
 
     def __repr__(self) -> str:
@@ -170,7 +171,9 @@ class Tracker:
         """Take a slot's bitmap from KVM into the pending set."""
         bitmap = self.vm.get_dirty_log(slot.slot)
         if self.source is Source.RING_WITH_BITMAP:
-            self.stats.backup_pages += (bitmap - self._pending[slot.slot]).count()
+            only_here = (bitmap - self._pending[slot.slot]).count()
+            self.stats.backup_pages += only_here
+            self._beside_rings += only_here
         self._pending.add(slot.slot, bitmap)  # ours before it is cleared in KVM
         if self.source is not Source.CLEAR_LOG or not bitmap:
             return
@@ -248,7 +251,11 @@ class Tracker:
             for slot, low, high in pieces:
                 first = (low - slot.gpa) // PAGE_SIZE
                 last = -(-(high - slot.gpa) // PAGE_SIZE)
-                self._pending[slot.slot].set(first, num_pages=last - first)
+                bitmap = self._pending[slot.slot]
+                if self._rings:
+                    old = sum(page in bitmap for page in range(first, last))
+                    self._beside_rings += last - first - old
+                bitmap.set(first, num_pages=last - first)
 
     def flush(self) -> None:
         """Make every vCPU leave the guest once: then its ring has what the hardware buffered.
@@ -283,12 +290,15 @@ class Tracker:
 
     def _hand_over(self) -> DirtySet:
         taken = self._pending
-        if self._suspects:
-            taken |= self._suspects
+        taken |= self._suspects
         self._pending = DirtySet(self.vm)
-        pages = sum(bitmap.count() for bitmap in taken.values())
-        self.stats.pages += pages
         self.stats.collections += 1
+        if self._rings:
+            # Counted as they came: a count here would read a bit of every page of the VM.
+            self.stats.pages += taken.fresh + self._beside_rings
+            self._beside_rings = 0
+        else:
+            self.stats.pages += sum(bitmap.count() for bitmap in taken.values())
         self._warn_about_backup()
         return taken
 

@@ -83,8 +83,8 @@ def unguarded_reset(vm: VM) -> ResetResult:
     done = 0
     while True:
         result = ioctls.reset_dirty_rings(vm, guarded=False)
-        done += result["reset"]
-        if result["reset"] >= result["expected"] or not result["reset"]:
+        done += result.reset
+        if result.reset >= result.expected or not result.reset:
             return ResetResult(reset=done, suspects=DirtySet(vm), calls=1, unknown=0)
 
 

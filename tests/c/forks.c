@@ -84,7 +84,7 @@ static void use_foreign(void)
 	SAME(kvr_clear_dirty_log(vm, 0, bm, 0, 2), -KVR_EFORKED);
 	SAME(kvr_vcpu_ring(vcpu, &none), -KVR_EFORKED);
 	SAME(kvr_vm_harvest(vm, &gfn, NULL, 1, &fault), -KVR_EFORKED);
-	SAME(kvr_reset_dirty_rings(vm, 1, NULL, &result), -KVR_EFORKED);
+	SAME(kvr_reset_dirty_rings(vm, 1, NULL, 0, &result), -KVR_EFORKED);
 	SAME(kvr_run(vcpu, &run), -KVR_EFORKED);
 	SAME(kvr_kick(vcpu), -KVR_EFORKED);
 	SAME(kvr_io_data(vcpu, &gfn, 1), -KVR_EFORKED);

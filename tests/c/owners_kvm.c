@@ -156,7 +156,7 @@ static void *use(void *argument)
 		long n = kvr_vm_harvest(vm, NULL, set, UINT64_MAX, &fault);
 
 		CHECK(n == 0 || n == -KVR_EINUSE);
-		SAME(kvr_reset_dirty_rings(vm, 1, set, &result), world->rings ? 0 : -EINVAL);
+		SAME(kvr_reset_dirty_rings(vm, 1, NULL, 0, &result), world->rings ? 0 : -EINVAL);
 		SAME(result.reset, 0);
 		for (uint32_t v = 0; world->rings && v < VCPUS; v++)
 			SAME(kvr_ring_indices(world->things[FIRST_RING + v], &fetch, &reset), 0);

@@ -199,9 +199,9 @@ def test_the_bare_ioctl_under_the_same_flood(kvm: System, facts: RingFacts) -> N
             counts: list[int] = []
             with flood.on():
                 while sum(counts) < expected and len(counts) < 50:
-                    counts.append(ioctls.reset_dirty_rings(rig.vm, guarded=False)["reset"])
+                    counts.append(ioctls.reset_dirty_rings(rig.vm, guarded=False).reset)
             while sum(counts) < expected and len(counts) < 100:
-                counts.append(ioctls.reset_dirty_rings(rig.vm, guarded=False)["reset"])
+                counts.append(ioctls.reset_dirty_rings(rig.vm, guarded=False).reset)
             assert sum(counts) == expected
             assert rig.ring.pending == 0
             # a short count loses pages, where it happens; start afresh
