@@ -15,13 +15,14 @@ C_SOURCES := $(wildcard csrc/*.c csrc/*.h csrc/*.S) csrc/build_ext.py
 # The labs: emulated hosts with a real KVM. CMD runs there; without it, tests/kvm.
 ARCH ?= arm64
 CMD ?=
-LAB_OPTIONS = $(foreach o,kernel modules suite flavour cpus memory cpu timeout,\
+LAB_OPTIONS = $(foreach o,machine kernel modules suite flavour cpus memory cpu timeout,\
 	$(if $($(call upper,$o)),--$o '$($(call upper,$o))'))
 upper = $(shell echo $1 | tr a-z A-Z)
 LAB = $(BIN)/python -m tests.lab $(LAB_OPTIONS)
+PML_PACKAGES := bochs bochs-term bochsbios vgabios xorriso isolinux syslinux-common
 LAB_PACKAGES := qemu-system-arm qemu-system-x86 gcc-aarch64-linux-gnu libc6-dev-arm64-cross
 
-.PHONY: help demo test test-lab soak lint format clean system lab lab-arm64 lab-x86 lab-shell \
+.PHONY: help demo test test-lab soak lint format clean system lab lab-arm64 lab-x86 lab-pml lab-shell \
 	lab-system support-table
 
 help: ## list the targets
@@ -78,7 +79,7 @@ soak: $(VENV)/.test ## random migrations under a signal flood, for SECONDS=60
 	@$(BIN)/python -m tests.soak --seconds $(or $(SECONDS),60) $(ARGS)
 
 test-lab: $(VENV)/.test lab-system ## all of tests/kvm in every lab
-	@KVMRING_LAB=1 $(BIN)/python -m pytest tests/lab $(ARGS)
+	@KVMRING_LAB=1 $(BIN)/python -m pytest tests/lab -m "not pml" $(ARGS)
 
 lab: $(VENV)/.test lab-system ## run CMD='...' on an emulated host: ARCH= SUITE= KERNEL= MODULES= ...
 	@$(LAB) --arch $(ARCH) -- $(if $(CMD),'$(subst ','\'',$(CMD))')
@@ -89,9 +90,15 @@ lab-arm64: lab ## the same with ARCH=arm64
 lab-x86: ARCH = x86_64
 lab-x86: lab ## the same with ARCH=x86_64
 
+lab-pml: LAB_PACKAGES += $(PML_PACKAGES)
+lab-pml: ARCH = x86_64
+lab-pml: MACHINE = bochs
+lab-pml: lab ## the same on Intel VMX with PML, under Bochs: slow
+
 lab-shell: $(VENV)/.test lab-system ## a prompt on an emulated host
 	@$(LAB) --arch $(ARCH) --shell
 
+support-table: LAB_PACKAGES += $(PML_PACKAGES)
 support-table: $(VENV)/.test lab-system ## run tests/kvm everywhere and write README's table
 	@$(BIN)/python -m tests.support
 

@@ -76,4 +76,5 @@ def reset(vcpu: VCPU, *, cr3: int) -> None:
 
 def start(vcpu: VCPU, *, code: int, block: int) -> None:
     """Point the vCPU at the code, with the block's address in its first argument register."""
-    vcpu.set_regs(Regs(rip=code, rdi=block))
+    # Interrupts on: an emulated VMX (Bochs) leaves a guest that masks them for nothing else.
+    vcpu.set_regs(Regs(rip=code, rdi=block, rflags=0x202))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from .cache import say
 from .errors import LabError
-from .lab import ARCHES, DEFAULT_CMD, DEFAULT_TIMEOUT_S, MACHINES, Lab
+from .lab import ARCHES, DEFAULT_TIMEOUT_S, MACHINES, Lab
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--suite", default="trixie", help="Debian suite of the kernel")
     parser.add_argument("--flavour", default="cloud", help="cloud, generic, rt, 16k, ...")
     parser.add_argument("--cpu", metavar="MODEL", help="the emulator's CPU model")
-    parser.add_argument("--cpus", type=int, metavar="N")
+    parser.add_argument("--cpus", type=int, default=2, metavar="N")
     parser.add_argument("--memory", type=int, metavar="MIB")
     parser.add_argument(
         "--timeout",
@@ -132,7 +132,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--refresh", action="store_true", help="look for newer packages")
     parser.add_argument("--shell", action="store_true", help="a prompt instead of CMD")
-    parser.add_argument("cmd", nargs="*", metavar="CMD", help=f"default: {DEFAULT_CMD['qemu']}")
+    parser.add_argument(
+        "cmd", nargs="*", metavar="CMD", help="default: tests/kvm, or what fits Bochs of it"
+    )
     return parser
 
 

@@ -1,10 +1,10 @@
 """A machine that Bochs emulates: the only emulator with VMX, EPT and PML, so Intel's KVM.
 
-Some thirty times slower than QEMU, and with an older idea of a PC: the guest
+It runs some 100 million instructions a second and has an older idea of a PC: the guest
 boots from a CD, which isolinux makes bootable; its serial ports are the
-console and the channels (Bochs has no virtio); there is one CPU. Bochs wants a
-terminal, which it gets and nobody reads, and Debian's build waits in its
-debugger until it is told to continue.
+console and the channels (Bochs has no virtio). Bochs wants a terminal, which it
+gets and nobody reads, and Debian's build waits in its debugger until it is
+told to continue.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ PORTS = {name: f"/dev/ttyS{number}" for number, name in enumerate(CHANNELS, 1)}
 # loglevel, oops, panic: as under QEMU. reboot=t: a restart is a triple fault, which ends Bochs
 # (see reset_on_triple_fault), where QEMU has -no-reboot. The TSC counts instructions, some 100
 # million a second, but CPUID says 3.5 GHz: with tsc_early_khz a sleep of one second takes two or
-# three, not ten. More CPUs, and mitigations for what Bochs does not speculate, only take time.
+# three, not ten. Mitigations for what Bochs does not speculate only take time.
 _APPEND = (
     "console=ttyS0 loglevel=5 oops=panic panic=-1 reboot=t "
-    "nosmp tsc=reliable clocksource=tsc tsc_early_khz=200000 mitigations=off"
+    "tsc=reliable clocksource=tsc tsc_early_khz=200000 mitigations=off"
 )
-_ISOLINUX_CFG = f"""\
+_ISOLINUX_CFG = """\
 DEFAULT lab
 PROMPT 0
 LABEL lab
  KERNEL /vmlinuz
  INITRD /initrd
- APPEND {_APPEND}
+ APPEND {append}
 """
 # Paths are relative: Bochs starts in the directory of its logs. ips is not its speed but how much
 # of the time of its devices an instruction takes; sync=none lets the guest's clock follow from it.
 _BOCHSRC = """\
-cpu: model={cpu}, count=1, ips=50000000, reset_on_triple_fault=0
+cpu: model={cpu}, count={cpus}, ips=50000000, reset_on_triple_fault=0
 megs: {memory_mib}
 romimage: file={bios}
 vgaromimage: file={vga_bios}
@@ -86,10 +86,11 @@ def need_bochs() -> str:
     return need_tool("bochs-bin", _PACKAGES)
 
 
-def write_cd(out: IO[bytes], kernel: Kernel, initrd: Path, scratch: Path) -> None:
+def write_cd(out: IO[bytes], kernel: Kernel, initrd: Path, scratch: Path, *, cpus: int) -> None:
     """Write to *out* a CD that boots *kernel* with *initrd*; *scratch* takes what is passing."""
     config = scratch / "isolinux.cfg"
-    config.write_text(_ISOLINUX_CFG)
+    append = f"{_APPEND} nosmp" if cpus == 1 else _APPEND
+    config.write_text(_ISOLINUX_CFG.format(append=append))
     files = {
         "isolinux.bin": _ISOLINUX,
         "ldlinux.c32": _LDLINUX,
@@ -121,6 +122,7 @@ class BochsMachine:
     cd: int  # an open file; it has no name, so that nothing can leave it behind
     console_log: Path
     cpu: str
+    cpus: int
     memory_mib: int
 
     @property
@@ -163,6 +165,7 @@ class BochsMachine:
         ]
         config = _BOCHSRC.format(
             cpu=self.cpu,
+            cpus=self.cpus,
             memory_mib=self.memory_mib,
             bios=_BIOS,
             vga_bios=_VGA_BIOS,
