@@ -113,7 +113,11 @@ class Tracker:
             self.state = State.TRACKING
 
     def close(self) -> None:
-        """Stop tracking. What finish() had frozen may be written again."""
+        """Stop tracking. What finish() had frozen may be written again.
+
+        An attached Runner stays as it is: after finish() it is paused, and resume() lets the
+        guest go on here.
+        """
         with self._lock:
             if self.state in (State.TRACKING, State.FINISHED) and not self.vm.closed:
                 self.vm._watch_slots(None)
@@ -130,10 +134,15 @@ class Tracker:
     # What fills the pending set
 
     def serve(self, vcpu: VCPU) -> None:
-        """Empty a vCPU's full ring, in its own thread; then it can run on."""
+        """Empty a vCPU's full ring, in its own thread; then it can run on.
+
+        Also before start(), whose first collection has it then, and after close(), when nobody
+        wants the pages any more but the guest goes on.
+        """
         begin = time.perf_counter_ns()
         with self._lock:
-            self._require(State.TRACKING, State.FINISHED)
+            if self.state is State.CLOSED:
+                self._pending = DirtySet(self.vm)
             self._harvest_one(vcpu)
             self._reset()
             self.stats.ring_full_exits += 1

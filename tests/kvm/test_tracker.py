@@ -252,6 +252,27 @@ def test_running_vcpus_lose_nothing(kvm: System, facts: RingFacts, mode: str) ->
                 rig.guest.stop(index)
 
 
+@pytest.mark.parametrize("finished", [False, True])
+def test_the_guest_runs_on_after_close(kvm: System, facts: RingFacts, finished: bool) -> None:
+    """Its rings are still emptied: a guest outlives the Tracker of a migration that failed."""
+    pages = 2 * facts.smallest
+    with rig_for(kvm, facts, "ring", pages=pages) as rig:
+        tracker = Tracker(rig.vm)
+        tracker.start()
+        with running(rig, tracker, [list(range(pages))]) as runner:
+            if finished:
+                tracker.finish()
+            tracker.close()
+            # a slot that comes and goes is not this Tracker's business any more
+            rig.vm.add_memory(1 << 33, PAGE, log_dirty=True).move(1 << 34)
+            runner.resume()
+            full, begin = tracker.stats.ring_full_exits, rig.guest.progress(0).stores
+            while tracker.stats.ring_full_exits < full + 3:
+                assert runner.running
+            assert rig.guest.progress(0).stores > begin
+            rig.guest.stop(0)
+
+
 def copy_pages(rig: Rig, dirty: DirtySet, copy: bytearray) -> None:
     """Do what a migration does: take the pages that are dirty, as they are after it is known."""
     for first, length in dirty[rig.ram.slot].runs():

@@ -1,0 +1,1 @@
+"""What live_migrate.py is made of, besides the migration itself."""
