@@ -73,7 +73,8 @@ def test_vcpus_that_run_at_the_same_time(kvm: System, facts: RingFacts) -> None:
         for index in range(3):
             rig.guest.load(index, rig.gpas(index * each, each, "random"), rounds=rounds)
         with ThreadPoolExecutor(3) as pool:
-            assert all(list(pool.map(run, range(3), timeout=100)))
+            # whoever is full empties all rings: of the others some may never get full
+            assert any(list(pool.map(run, range(3), timeout=100)))
         rig.vm.harvest(dirty)
         assert_exact(rig.gpas(), dirty.gpas())
         for index in range(3):
