@@ -142,6 +142,9 @@ long kvr_vm_harvest(struct kvr_obj *vm, struct kvr_gfn *gfns, struct kvr_set *se
  * short count completed, and the pages that it may have left writable listed in
  * suspects; those that found no room there are counted as unknown.  Not guarded:
  * the bare ioctl, once.  Harvesters wait meanwhile.
+ *
+ * What stays open: a task interrupted by what no mask keeps off (ptrace, the
+ * cgroup freezer) just after the last entry returns a full count all the same.
  */
 int kvr_reset_dirty_rings(struct kvr_obj *vm, int guarded, struct kvr_gfn *suspects, uint32_t room,
 			  struct kvr_reset_result *out);
