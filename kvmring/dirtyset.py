@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from heapq import merge
 from typing import TYPE_CHECKING, Protocol
@@ -147,17 +146,11 @@ class DirtySet(Mapping[int, DirtyBitmap]):
 
     def _fill(self, source: Source, limit: int | None) -> int:
         """Let a harvest write into the set; returns the entries taken."""
-        with self.writing() as c_set:
-            n, error = source(ffi.NULL, c_set, 1 << 40 if limit is None else limit)
+        with self._lock:
+            n, error = source(ffi.NULL, self._sync(), 1 << 40 if limit is None else limit)
         if error:
             raise error
         return n
-
-    @contextmanager
-    def writing(self) -> Iterator[Set]:
-        """Lend the C set to one call, and keep others out meanwhile."""
-        with self._lock:
-            yield self._sync()
 
     def __getitem__(self, slot: int) -> DirtyBitmap:
         if slot not in self._bitmaps:

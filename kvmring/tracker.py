@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import TracebackType
 
-    from kvmring.dirtylog import ResetResult
     from kvmring.dirtyset import MemorySlot
+    from kvmring.ring import DirtyRing
     from kvmring.runner import Runner
     from kvmring.vcpu import VCPU
     from kvmring.vm import VM
@@ -148,12 +148,16 @@ class Tracker:
             self.stats.ring_full_exits += 1
             self.stats.full_ns += time.perf_counter_ns() - begin
 
-    def _harvest_one(self, vcpu: VCPU) -> int:
+    def _harvest_one(self, vcpu: VCPU) -> None:
+        n = self._harvest(vcpu.dirty_ring)
+        self.stats.high_water[vcpu.id] = max(n, self.stats.high_water.get(vcpu.id, 0))
+
+    def _harvest(self, rings: DirtyRing | VM) -> int:
+        """Harvest one ring, or all of the VM's, into the pending set."""
         fresh = self._pending.fresh
-        n = vcpu.dirty_ring.harvest(self._pending)
+        n = rings.harvest(self._pending)
         self.stats.entries += n
         self.stats.duplicates += n - (self._pending.fresh - fresh)
-        self.stats.high_water[vcpu.id] = max(n, self.stats.high_water.get(vcpu.id, 0))
         return n
 
     def _reap(self) -> None:
@@ -161,20 +165,16 @@ class Tracker:
         for vcpu in self.vm.vcpus:
             if not vcpu.closed and vcpu.has_dirty_ring:
                 self._harvest_one(vcpu)
-        fresh = self._pending.fresh
-        n = self.vm.harvest(self._pending)
-        self.stats.entries += n
-        self.stats.duplicates += n - (self._pending.fresh - fresh)
+        self._harvest(self.vm)
         self._reset()
 
-    def _reset(self) -> ResetResult:
+    def _reset(self) -> None:
         result = self.vm.reset_dirty_rings()
         self.stats.resets += 1
         self.stats.short_resets += result.calls > 1
         if result.suspects:
             self.stats.suspects += result.suspects.count()
             self._suspects |= result.suspects
-        return result
 
     def _fetch(self, slot: MemorySlot) -> None:
         """Take a slot's bitmap from KVM into the pending set."""
