@@ -8,13 +8,23 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 
 import pytest
 
 from .conftest import gate
 from .lab import Lab, LabResult, Outcome
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(1500)]
+
+class LostOnce(UserWarning):
+    """A VM was lost and the run repeated; pytest's summary names it."""
+
+
+pytestmark = [
+    pytest.mark.lab,
+    pytest.mark.timeout(2900),
+    pytest.mark.filterwarnings("default::tests.lab.test_hosts.LostOnce"),
+]
 
 SMOKE = "ring ring_full ring_with_bitmap vgic dirty_log loss reset"
 HOSTS = {
@@ -26,6 +36,11 @@ HOSTS = {
 
 def run(lab: Lab, cmd: str) -> LabResult:
     result = lab.run(f"export KVMRING_KVM=1; {cmd}", timeout_s=1400)
+    if result.outcome is Outcome.LOST:
+        # TCG loses a VM now and then (an int3 oops while the kernel patches its text). That is
+        # no verdict on CMD: once more, and only for a lost VM, never for a failed command.
+        warnings.warn(LostOnce(f"{result.reason}; {result.console_log}"), stacklevel=2)
+        result = lab.run(f"export KVMRING_KVM=1; {cmd}", timeout_s=1400)
     said = result.stdout[-6000:] + result.stderr[-2000:]
     assert result.outcome is Outcome.PASSED, f"{result.reason}, status {result.status}\n{said}"
     return result
