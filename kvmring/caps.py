@@ -5,33 +5,26 @@ Values are asked from KVM, and limits of the ring are found by trying, on VMs ma
 
 from __future__ import annotations
 
-import os
-import platform
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-import psutil
 
 from kvmring.abi import PAGE_SIZE, Cap, ExitReason
 from kvmring.dirtyset import DirtySet
 from kvmring.errors import KvmError
+from kvmring.facts import host_facts
 from kvmring.guests import PageWriter, page_order
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kvmring.facts import JsonValue
     from kvmring.system import System
 
-__all__ = ["SCHEMA", "CapAnswer", "Caps", "Mode", "RingLimits", "host_facts", "inspect_host"]
+__all__ = ["SCHEMA", "CapAnswer", "Caps", "Mode", "RingLimits", "inspect_host"]
 
 SCHEMA = 1
 ENTRY_BYTES = 16
 MAX_TRY_BYTES = 1 << 24
-JsonValue = str | int | bool | None | list["JsonValue"] | dict[str, "JsonValue"]
-
-_BACKENDS = ("kvm_intel", "kvm_amd", "kvm_pvm", "kvm_hv", "kvm_pr", "kvm")
-_PARAMETERS = ("ept", "npt", "pml", "nested", "tdp_mmu", "eager_page_split", "enable_pml")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,43 +171,6 @@ def _modes(values: dict[Cap, int]) -> tuple[Mode, ...]:
         ("bitmap", 1, "KVM_GET_DIRTY_LOG, which also clears"),
     )
     return tuple(Mode(name=n, offered=bool(value), meaning=text) for n, value, text in modes)
-
-
-def host_facts() -> dict[str, JsonValue]:
-    """Return what a report about this host must say: kernel, page size, KVM backend, CPU, RAM."""
-    uname = os.uname()
-    modules = [name for name in _BACKENDS if Path("/sys/module", name).is_dir()]
-    parameters: dict[str, JsonValue] = {}
-    for module in modules:
-        for name in _PARAMETERS:
-            path = Path("/sys/module", module, "parameters", name)
-            try:
-                parameters[f"{module}.{name}"] = path.read_text().strip()
-            except OSError:
-                continue  # this backend has no such parameter, or root alone may read it
-    return {
-        "kernel": uname.release,
-        "machine": uname.machine,
-        "page_size": PAGE_SIZE,
-        "backend": next((m for m in modules if m != "kvm"), "kvm" if modules else "built in"),
-        "parameters": parameters,
-        "cpu": _cpu_model(),
-        "cpus": psutil.cpu_count() or 1,
-        "memory_bytes": psutil.virtual_memory().total,
-        "python": platform.python_version(),
-    }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "unknown"
-    for line in lines:
-        key, _, value = line.partition(":")
-        if key.strip() in ("model name", "CPU part"):
-            return value.strip()
-    return "unknown"
 
 
 def ring_limits(kvm: System) -> RingLimits | None:

@@ -19,9 +19,9 @@ import psutil
 
 from kvmring.abi import PAGE_SIZE, DeviceType, ExitReason
 from kvmring.bitmap import DirtyBitmap
-from kvmring.caps import JsonValue, host_facts
 from kvmring.dirtyset import DirtySet
 from kvmring.errors import int_between
+from kvmring.facts import JsonValue, host_facts
 from kvmring.guests import PageWriter, page_order
 from kvmring.guests.its import ITS_BYTES, MAX_DEVICES, ItsTables
 from kvmring.vgic import FRAME, GicV3, Its

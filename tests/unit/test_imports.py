@@ -45,8 +45,12 @@ ORDER = [
     {"guests.writer"},
     {"guests"},
     {""},  # the package itself: kvmring/__init__.py
+    {"facts"},
     {"caps"},
     {"demo"},
+    {"commands"},
+    {"commands.output"},
+    {"commands.caps", "commands.demo"},
     {"cli"},
     {"__main__"},
 ]
