@@ -7,11 +7,35 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "internal.h"
 
 /* KVM allows 2^31 - 1 pages in a slot; views that merge slots may be larger. */
 #define MAX_PAGES (UINT64_C(1) << 40)
+
+/* From this size on, words are mapped by ourselves: calloc() may take them from its
+ * heap and write zeros, and a large sparse bitmap shall cost what is touched of it. */
+#define MAP_BYTES (256 << 10)
+
+static uint64_t *words_new(uint64_t num)
+{
+	void *words;
+
+	if (num * sizeof(uint64_t) < MAP_BYTES)
+		return calloc(num ? num : 1, sizeof(uint64_t));
+	words = mmap(NULL, num * sizeof(uint64_t), PROT_READ | PROT_WRITE,
+		     MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	return words == MAP_FAILED ? NULL : words;
+}
+
+static void words_free(uint64_t *words, uint64_t num)
+{
+	if (num * sizeof(uint64_t) < MAP_BYTES)
+		free(words);
+	else
+		munmap(words, num * sizeof(uint64_t));
+}
 
 int kvr_bitmap_new(uint64_t num_pages, struct kvr_bitmap **out)
 {
@@ -24,8 +48,7 @@ int kvr_bitmap_new(uint64_t num_pages, struct kvr_bitmap **out)
 		return -ENOMEM;
 	bm->num_pages = num_pages;
 	bm->num_words = (num_pages + 63) / 64;
-	/* calloc: pages of a large sparse bitmap cost nothing until touched */
-	bm->words = calloc(bm->num_words ? bm->num_words : 1, sizeof(uint64_t));
+	bm->words = words_new(bm->num_words);
 	if (!bm->words) {
 		free(bm);
 		return -ENOMEM;
@@ -37,7 +60,7 @@ int kvr_bitmap_new(uint64_t num_pages, struct kvr_bitmap **out)
 void kvr_bitmap_free(struct kvr_bitmap *bm)
 {
 	if (bm)
-		free(bm->words);
+		words_free(bm->words, bm->num_words);
 	free(bm);
 }
 
