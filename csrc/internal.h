@@ -3,8 +3,8 @@
  * What the C files share with each other and with nobody else: the insides of
  * the owners, and the two that order the ring.
  *
- * Locks, in the order they may be taken: vm->rings_lock, ring->lock; and, apart
- * from those, vm->slots_lock.  No lock is held across KVM_RUN.
+ * Locks, in the order they may be taken: server->lock (serve.c), vm->rings_lock,
+ * ring->lock; and, apart from those, vm->slots_lock.  No lock is held across KVM_RUN.
  */
 #ifndef KVMRING_INTERNAL_H
 #define KVMRING_INTERNAL_H
@@ -45,6 +45,7 @@ struct kvr_ring {
 	uint32_t reset;	       /* first entry that KVM has not reset yet */
 	atomic_int harvesting; /* one harvester at a time */
 	pthread_mutex_t lock;  /* a reset keeps harvesters out */
+	uint32_t most;	       /* entries that one harvest took */
 	uint32_t pushed;       /* synthetic only: the kernel's dirty_index */
 	bool synthetic;
 };

@@ -220,12 +220,14 @@ struct kvm_run {
 #define KVR_FROZEN_VCPUS ...
 #define KVR_FROZEN ...
 #define KVR_ATTR_BYTES ...
+#define KVR_SERVER_SUSPECTS ...
 
 struct kvr_obj;
 struct kvr_map;
 struct kvr_ring;
 struct kvr_bitmap;
 struct kvr_set;
+struct kvr_server;
 struct kvr_gfn {
 	uint32_t slot;
 	uint32_t vcpu;
@@ -245,6 +247,20 @@ struct kvr_reset_result {
 	uint64_t suspects;
 	uint32_t calls;
 	uint32_t unknown;
+};
+struct kvr_high_water {
+	uint32_t vcpu;
+	uint32_t entries;
+};
+struct kvr_served {
+	uint64_t fulls;
+	uint64_t full_ns;
+	uint64_t entries;
+	uint32_t resets;
+	uint32_t short_resets;
+	int32_t error;
+	uint32_t pad;
+	struct kvr_reset_result last;
 };
 struct kvr_live {
 	int32_t fds, maps, rings;
@@ -302,6 +318,7 @@ long kvr_ring_harvest(struct kvr_ring *ring, struct kvr_gfn *gfns, struct kvr_se
 		      uint64_t max, struct kvr_fault *fault);
 long kvr_vm_harvest(struct kvr_obj *vm, struct kvr_gfn *gfns, struct kvr_set *set, uint64_t max,
 		    struct kvr_fault *fault);
+long kvr_vm_high_water(struct kvr_obj *vm, struct kvr_high_water *out, uint32_t room, int clear);
 int kvr_reset_dirty_rings(struct kvr_obj *vm, int guarded, struct kvr_gfn *suspects, uint32_t room,
 			  struct kvr_reset_result *out);
 int kvr_ring_synthetic(uint32_t entries, struct kvr_ring **out);
@@ -335,6 +352,13 @@ int kvr_freeze(struct kvr_obj *vm, int level);
 int kvr_running(struct kvr_obj *vcpu);
 long kvr_io_data(struct kvr_obj *vcpu, void *buf, uint32_t max);
 int kvr_respond(struct kvr_obj *vcpu, const void *buf, uint32_t len);
+
+int kvr_server_new(struct kvr_server **out);
+void kvr_server_free(struct kvr_server *server);
+int kvr_server_lend(struct kvr_server *server, struct kvr_set *set);
+int kvr_server_take_back(struct kvr_server *server, struct kvr_served *out,
+			 struct kvr_gfn *suspects, uint32_t room);
+int kvr_run_serving(struct kvr_obj *vcpu, struct kvr_server *server, struct kvm_run *out);
 
 extern const unsigned char kvr_guest_code[];
 uint32_t kvr_guest_code_bytes(void);

@@ -27,6 +27,7 @@ struct kvr_map;	   /* guest RAM */
 struct kvr_ring;   /* one vCPU's dirty ring, or a synthetic one */
 struct kvr_bitmap; /* one bit per page of a slot */
 struct kvr_set;	   /* slot -> bitmap; borrows the bitmaps */
+struct kvr_server; /* serves full rings */
 
 /* One harvested entry.  Sixteen bytes, like the kernel's, with the vCPU that
  * logged it in the place of the flags. */
@@ -52,6 +53,11 @@ struct kvr_reset_result {
 	uint64_t suspects; /* entries listed, whose pages may have stayed writable */
 	uint32_t calls;	   /* ioctls made */
 	uint32_t unknown;  /* suspects that could not be named any more */
+};
+
+struct kvr_high_water {
+	uint32_t vcpu;
+	uint32_t entries;
 };
 
 struct kvr_live {
@@ -137,6 +143,10 @@ long kvr_ring_harvest(struct kvr_ring *ring, struct kvr_gfn *gfns, struct kvr_se
  * count that of the whole call. */
 long kvr_vm_harvest(struct kvr_obj *vm, struct kvr_gfn *gfns, struct kvr_set *set, uint64_t max,
 		    struct kvr_fault *fault);
+/* Of each ring of the VM, in the order of vCPU creation, the most entries that one
+ * harvest took from it since this was last cleared; of closed vCPUs too.  Fills at
+ * most room; returns how many rings there are. */
+long kvr_vm_high_water(struct kvr_obj *vm, struct kvr_high_water *out, uint32_t room, int clear);
 /*
  * KVM_RESET_DIRTY_RINGS.  guarded: with every signal of the thread blocked, a
  * short count completed, and the pages that it may have left writable listed in
@@ -217,6 +227,35 @@ long kvr_io_data(struct kvr_obj *vcpu, void *buf, uint32_t max);
 /* Answer a read (KVM_EXIT_MMIO or KVM_EXIT_IO in); the next kvr_run carries it
  * into the guest.  -EINVAL: no such exit pending, or not of its length. */
 int kvr_respond(struct kvr_obj *vcpu, const void *buf, uint32_t len);
+
+/* serve.c: full rings, served without leaving C ------------------------- */
+
+#define KVR_SERVER_SUSPECTS 1024
+
+/* What a server did since it was last asked. */
+struct kvr_served {
+	uint64_t fulls;	       /* full rings served whole */
+	uint64_t full_ns;      /* that their vCPUs stood still, from exit to re-entry */
+	uint64_t entries;      /* harvested */
+	uint32_t resets;       /* made for them */
+	uint32_t short_resets; /* of these, such as KVM did not finish at once */
+	int32_t error;	       /* of the last reset, as kvr_reset_dirty_rings() returns it */
+	uint32_t pad;
+	struct kvr_reset_result last; /* the last reset; see there */
+};
+
+int kvr_server_new(struct kvr_server **out);
+void kvr_server_free(struct kvr_server *server);
+/* Have full rings served into the set, until it is taken back.  -KVR_EINUSE: one is
+ * lent already. */
+int kvr_server_lend(struct kvr_server *server, struct kvr_set *set);
+/* Wait for a service under way; after it the set is the caller's, each page in it
+ * is protected again but for the suspects (room: KVR_SERVER_SUSPECTS), and nothing
+ * is served.  Also without a set lent. */
+int kvr_server_take_back(struct kvr_server *server, struct kvr_served *out,
+			 struct kvr_gfn *suspects, uint32_t room);
+/* kvr_run(), and again after each full ring that could be served whole. */
+int kvr_run_serving(struct kvr_obj *vcpu, struct kvr_server *server, struct kvm_run *out);
 
 /* guest_*.S: the built-in guest ---------------------------------------- */
 

@@ -202,9 +202,12 @@ static inline __attribute__((always_inline)) uint64_t harvest(struct kvr_ring *r
 static uint64_t harvest_into(struct kvr_ring *ring, struct kvr_gfn *gfns, struct kvr_set *set,
 			     uint64_t max, bool *faulty, struct kvr_fault *fault)
 {
-	if (set)
-		return harvest(ring, NULL, set, max, faulty, fault);
-	return harvest(ring, gfns, NULL, max, faulty, fault);
+	uint64_t n = set ? harvest(ring, NULL, set, max, faulty, fault)
+			 : harvest(ring, gfns, NULL, max, faulty, fault);
+
+	if (n > ring->most)
+		ring->most = (uint32_t)n;
+	return n;
 }
 
 long kvr_ring_harvest(struct kvr_ring *ring, struct kvr_gfn *gfns, struct kvr_set *set,
@@ -260,6 +263,30 @@ long kvr_vm_harvest(struct kvr_obj *obj, struct kvr_gfn *gfns, struct kvr_set *s
 	if (ret)
 		return ret;
 	return faulty ? -EPROTO : (long)taken;
+}
+
+long kvr_vm_high_water(struct kvr_obj *obj, struct kvr_high_water *out, uint32_t room, int clear)
+{
+	struct kvr_vm *vm = kvr_vm(obj);
+	int ret = kvr_expect(obj, KVR_VM);
+	uint32_t rings;
+
+	if (ret)
+		return ret;
+	pthread_mutex_lock(&vm->rings_lock);
+	rings = vm->num_rings;
+	for (uint32_t i = 0; i < rings; i++) {
+		struct kvr_ring *ring = vm->rings[i];
+
+		pthread_mutex_lock(&ring->lock);
+		if (i < room)
+			out[i] = (struct kvr_high_water){ ring->vcpu, ring->most };
+		if (clear)
+			ring->most = 0;
+		pthread_mutex_unlock(&ring->lock);
+	}
+	pthread_mutex_unlock(&vm->rings_lock);
+	return rings;
 }
 
 struct suspects {

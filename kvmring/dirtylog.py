@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from kvmring import ioctls
-from kvmring.abi import check, lib
+from kvmring.abi import check, ffi, lib
 from kvmring.bitmap import DirtyBitmap
 from kvmring.device import Attributes
 from kvmring.dirtyset import DirtySet, MemorySlot
@@ -21,7 +21,7 @@ from kvmring.ring import harvest
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from contextlib import AbstractContextManager
 
     from kvmring._kvm import Obj
@@ -131,16 +131,36 @@ class DirtyLog(Attributes):
                 f"KVM reset {done.reset} entries where {done.expected} were harvested; "
                 "another harvester is at work, or KVM did not finish"
             )
+        return ResetResult(
+            reset=done.reset,
+            suspects=self._suspects(done.suspects, done.unknown),
+            calls=done.calls,
+            unknown=done.unknown,
+        )
+
+    def _suspects(self, named: Iterable[tuple[int, int]], unknown: int) -> DirtySet:
+        """Make a DirtySet of suspects; when some have no name, of every page."""
         suspects = DirtySet(self)  # costs nothing while it stays empty
-        for slot, page in done.suspects:
+        for slot, page in named:
             if slot in suspects and page < len(suspects[slot]):
                 suspects[slot].set(page)
-        if done.unknown:
+        if unknown:
             for bitmap in suspects.values():
                 bitmap.set(0, num_pages=len(bitmap))
-        return ResetResult(
-            reset=done.reset, suspects=suspects, calls=done.calls, unknown=done.unknown
-        )
+        return suspects
+
+    def _high_water(self, *, clear: bool = False) -> dict[int, int]:
+        """By vCPU id, the most entries that one harvest took from its ring since the last clear."""
+        room = 64
+        while True:
+            marks = ffi.new("struct kvr_high_water[]", room)
+            n = check("vm", lib.kvr_vm_high_water(self.handle, marks, room, 0))
+            if n <= room:
+                break
+            room = n
+        if clear:
+            lib.kvr_vm_high_water(self.handle, marks, 0, 1)
+        return {marks[i].vcpu: marks[i].entries for i in range(n)}
 
     def get_dirty_log(self, slot: int, *, into: DirtyBitmap | None = None) -> DirtyBitmap:
         """Fetch a slot's bitmap of dirty pages; without manual protect, KVM starts a new one.

@@ -144,6 +144,11 @@ class DirtySet(Mapping[int, DirtyBitmap]):
             self._fresh += lib.kvr_set_fresh(self._c_set)
         self._c_set = fresh
 
+    def c_set(self) -> Set:
+        """Return the C set, with the VM's slots as they are now, for who writes to it in C."""
+        with self._lock:
+            return self._sync()
+
     def _fill(self, source: Source, limit: int | None) -> int:
         """Let a harvest write into the set; returns the entries taken."""
         with self._lock:

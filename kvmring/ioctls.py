@@ -220,7 +220,16 @@ def pread(stats: Handle, length: int, offset: int) -> bytes:
 def run(vcpu: Handle) -> Exit:
     """KVM_RUN; EINTR is an Exit with reason INTR."""
     copy = ffi.new("struct kvm_run *")
-    ret = lib.kvr_run(vcpu.handle, copy)
+    return _exit(vcpu, lib.kvr_run(vcpu.handle, copy), copy)
+
+
+def run_serving(vcpu: Handle, server: Any) -> Exit:
+    """KVM_RUN, again and again while a server can serve the full ring that ended it."""
+    copy = ffi.new("struct kvm_run *")
+    return _exit(vcpu, lib.kvr_run_serving(vcpu.handle, server, copy), copy)
+
+
+def _exit(vcpu: Handle, ret: int, copy: Struct) -> Exit:
     if ret != -errno.EINTR:
         check("KVM_RUN", ret)
     return exit_from(copy, lambda: io_data(vcpu))

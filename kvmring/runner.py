@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     ExitHandler = Callable[[VCPU, Exit], bool]
     FullHandler = Callable[[VCPU], None]
+    VcpuRunner = Callable[[VCPU], Exit]
 
 __all__ = ["Reaper", "Runner"]
 
@@ -37,6 +38,10 @@ class Runner:
             serve(). Without it a full ring goes to on_exit.
 
     An exception of a callback, or of the run, ends that thread; join() and stop() raise it.
+
+    Attributes:
+        run_vcpu: What runs a vCPU once; usually VCPU.run(), or the Tracker's, which serves most
+            full rings by itself.
     """
 
     def __init__(
@@ -48,6 +53,7 @@ class Runner:
     ) -> None:
         self.vcpus = tuple(vcpus)
         self.on_full = on_full
+        self.run_vcpu: VcpuRunner = lambda vcpu: vcpu.run()
         self._on_exit = on_exit
         self._change = threading.Condition()
         self._paused = self._stopping = False
@@ -94,7 +100,7 @@ class Runner:
             return True
 
     def _one_run(self, vcpu: VCPU) -> bool:
-        exit = vcpu.run()
+        exit = self.run_vcpu(vcpu)
         if exit.reason is ExitReason.DIRTY_RING_FULL and self.on_full is not None:
             self.on_full(vcpu)
             return True

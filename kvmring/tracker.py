@@ -8,8 +8,6 @@ last, and from then on refuses whatever could dirty memory.
 from __future__ import annotations
 
 import enum
-import threading
-import time
 import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self
@@ -18,16 +16,17 @@ from kvmring.abi import PAGE_SIZE, Cap, lib
 from kvmring.device import U64
 from kvmring.dirtyset import DirtySet
 from kvmring.errors import StateError, int_between
+from kvmring.pending import Pending
 from kvmring.runner import Reaper
-from kvmring.sources import Source, TrackerStats, choose_source, require_source
+from kvmring.sources import Source, choose_source, require_source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import TracebackType
 
     from kvmring.dirtyset import MemorySlot
-    from kvmring.ring import DirtyRing
     from kvmring.runner import Runner
+    from kvmring.sources import TrackerStats
     from kvmring.vcpu import VCPU
     from kvmring.vm import VM
 
@@ -58,7 +57,6 @@ class Tracker:
     Attributes:
         source: The source in use.
         why: The reason for it, in words.
-        stats: Counts since start().
     """
 
     def __init__(self, vm: VM, source: Source = Source.AUTO) -> None:
@@ -71,14 +69,10 @@ class Tracker:
             self.source, self.why = source, "it was asked for"
         self.vm = vm
         self.state = State.NEW
-        self.stats = TrackerStats()
         self._rings = self.source in (Source.RING, Source.RING_WITH_BITMAP)
-        self._lock = threading.RLock()
-        self._pending = DirtySet(vm)  # harvested, and not yet given to anybody
-        self._suspects = DirtySet(vm)
-        self._runner: Runner | None = None
-        self._beside_rings = 0  # pages pending that no ring's entry brought
-        self._full_warned = False
+        self._pending = Pending(vm, rings=self._rings)
+        self._runners: list[Runner] = []
+        self._backup_warned = False
 
     def __repr__(self) -> str:
         return f"<Tracker {self.state.value}, {self.source.value}>"
@@ -100,16 +94,23 @@ class Tracker:
             wanted = " or ".join(state.value for state in states)
             raise StateError(f"the Tracker is {self.state.value}; this needs it {wanted}")
 
+    @property
+    def stats(self) -> TrackerStats:
+        """Counts since start(); a copy."""
+        return self._pending.stats
+
     def start(self) -> None:
         """Begin: what is dirtied from now on is collected.
 
         What rings and bitmaps held before counts as dirty too.
         """
-        with self._lock:
+        with self._pending.own():
             self._require(State.NEW)
             if self.source is Source.CLEAR_LOG:
                 self.vm.enable_cap(Cap.MANUAL_DIRTY_LOG_PROTECT2, [1])
             self.vm._watch_slots(self._slot_changes)
+            self._pending.note_high_water(clear=True)
+            self._pending.serving = self._rings
             self.state = State.TRACKING
 
     def close(self) -> None:
@@ -118,18 +119,21 @@ class Tracker:
         An attached Runner stays as it is: after finish() it is paused, and resume() lets the
         guest go on here.
         """
-        with self._lock:
+        with self._pending.own():
             if self.state in (State.TRACKING, State.FINISHED) and not self.vm.closed:
                 self.vm._watch_slots(None)
                 if self.state is State.FINISHED:
                     self.vm.freeze(lib.KVR_THAWED)
+                self._pending.note_high_water()
+            self._pending.serving = False
             self.state = State.CLOSED
 
     def attach(self, runner: Runner) -> None:
         """Let a Runner's threads have their full rings served here, and finish() pause it."""
-        self._runner = runner
+        self._runners.append(runner)
         if self._rings:
             runner.on_full = self.serve
+            runner.run_vcpu = self._pending.server.run
 
     # What fills the pending set
 
@@ -139,50 +143,14 @@ class Tracker:
         Also before start(), whose first collection has it then, and after close(), when nobody
         wants the pages any more but the guest goes on.
         """
-        begin = time.perf_counter_ns()
-        with self._lock:
+        with self._pending.own():
             if self.state is State.CLOSED:
-                self._pending = DirtySet(self.vm)
-            self._harvest_one(vcpu)
-            self._reset()
-            self.stats.ring_full_exits += 1
-            self.stats.full_ns += time.perf_counter_ns() - begin
-
-    def _harvest_one(self, vcpu: VCPU) -> None:
-        n = self._harvest(vcpu.dirty_ring)
-        self.stats.high_water[vcpu.id] = max(n, self.stats.high_water.get(vcpu.id, 0))
-
-    def _harvest(self, rings: DirtyRing | VM) -> int:
-        """Harvest one ring, or all of the VM's, into the pending set."""
-        fresh = self._pending.fresh
-        n = rings.harvest(self._pending)
-        self.stats.entries += n
-        self.stats.duplicates += n - (self._pending.fresh - fresh)
-        return n
-
-    def _reap(self) -> None:
-        """Harvest and reset every ring, also those of vCPUs whose handles were closed."""
-        for vcpu in self.vm.vcpus:
-            if not vcpu.closed and vcpu.has_dirty_ring:
-                self._harvest_one(vcpu)
-        self._harvest(self.vm)
-        self._reset()
-
-    def _reset(self) -> None:
-        result = self.vm.reset_dirty_rings()
-        self.stats.resets += 1
-        self.stats.short_resets += result.calls > 1
-        if result.suspects:
-            self.stats.suspects += result.suspects.count()
-            self._suspects |= result.suspects
+                self._pending.forget()
+            self._pending.serve(vcpu)
 
     def _fetch(self, slot: MemorySlot) -> None:
         """Take a slot's bitmap from KVM into the pending set."""
         bitmap = self.vm.get_dirty_log(slot.slot)
-        if self.source is Source.RING_WITH_BITMAP:
-            only_here = (bitmap - self._pending[slot.slot]).count()
-            self.stats.backup_pages += only_here
-            self._beside_rings += only_here
         self._pending.add(slot.slot, bitmap)  # ours before it is cleared in KVM
         if self.source is not Source.CLEAR_LOG or not bitmap:
             return
@@ -196,7 +164,7 @@ class Tracker:
     def _take_all(self) -> None:
         """Bring what KVM holds at this moment into the pending set."""
         if self._rings:
-            self._reap()
+            self._pending.reap()
         else:
             for slot in self._logging():
                 self._fetch(slot)
@@ -209,25 +177,15 @@ class Tracker:
         later slot may get. Pages that were not collected yet move with their slot, and go
         when it is deleted.
         """
-        with self._lock:
+        with self._pending.own():
             if self.state is State.TRACKING:
                 if self._rings:
-                    self._reap()
+                    self._pending.reap()
                 slot = self.vm.slots.get(number)
                 if slot is not None and slot.log_dirty and self.source is not Source.RING:
                     self._fetch(slot)
             yield
-            self._pending = self._followed(self._pending)
-            self._suspects = self._followed(self._suspects)
-
-    def _followed(self, old: DirtySet) -> DirtySet:
-        """Return a set with the pages of those slots that still exist, where they are now."""
-        new = DirtySet(self.vm)
-        for number, bitmap in old.items():
-            slot = self.vm.slots.get(number)
-            if slot is not None and slot.num_pages == len(bitmap):
-                new.add(number, bitmap)
-        return new
+            self._pending.follow_slots()
 
     # What takes from it
 
@@ -243,7 +201,7 @@ class Tracker:
         """
         start = int_between("gpa", gpa, 0, U64)
         end = start + int_between("length", length, 0, U64)
-        with self._lock:
+        with self._pending.own():
             self._require(State.TRACKING)
             pieces = [
                 (slot, max(start, slot.gpa), min(end, slot.end))
@@ -260,11 +218,7 @@ class Tracker:
             for slot, low, high in pieces:
                 first = (low - slot.gpa) // PAGE_SIZE
                 last = -(-(high - slot.gpa) // PAGE_SIZE)
-                bitmap = self._pending[slot.slot]
-                if self._rings:
-                    old = sum(page in bitmap for page in range(first, last))
-                    self._beside_rings += last - first - old
-                bitmap.set(first, num_pages=last - first)
+                self._pending.mark(slot.slot, first, last - first)
 
     def flush(self) -> None:
         """Make every vCPU leave the guest once: then its ring has what the hardware buffered.
@@ -288,33 +242,25 @@ class Tracker:
         Raises:
             StateError: Not started, or finished.
         """
-        with self._lock:
+        with self._pending.own():
             self._require(State.TRACKING)
         if flush and self._rings:
             self.flush()  # not under the lock: a vCPU that leaves may want serve()
-        with self._lock:
+        with self._pending.own():
             self._require(State.TRACKING)
             self._take_all()
             return self._hand_over()
 
     def _hand_over(self) -> DirtySet:
-        taken = self._pending
-        taken |= self._suspects
-        self._pending = DirtySet(self.vm)
-        self.stats.collections += 1
-        if self._rings:
-            # Counted as they came: a count here would read a bit of every page of the VM.
-            self.stats.pages += taken.fresh + self._beside_rings
-            self._beside_rings = 0
-        else:
-            self.stats.pages += sum(bitmap.count() for bitmap in taken.values())
+        taken = self._pending.hand_over()
         self._warn_about_backup()
         return taken
 
     def _warn_about_backup(self) -> None:
-        share = self.stats.backup_share
-        if not self._full_warned and share > BACKUP_SHARE_WARNING and self.stats.pages > 1000:
-            self._full_warned = True
+        counts = self._pending.counts
+        share = counts.backup_share
+        if not self._backup_warned and share > BACKUP_SHARE_WARNING and counts.pages > 1000:
+            self._backup_warned = True
             warnings.warn(
                 f"{share:.0%} of the pages came from the backup bitmap: a plain bitmap serves "
                 "such a VM better than rings",
@@ -325,8 +271,8 @@ class Tracker:
     @property
     def suspects(self) -> DirtySet:
         """Pages that stay dirty in every collection until rearm()."""
-        with self._lock:
-            return self._suspects.copy()
+        with self._pending.own():
+            return self._pending.suspects.copy()
 
     def rearm(self) -> None:
         """Protect suspect pages anew, by turning logging of their slots off and on.
@@ -334,21 +280,21 @@ class Tracker:
         Raises:
             StateError: A vCPU is running; pause all of them first.
         """
-        with self._lock:
+        with self._pending.own():
             self._require(State.TRACKING)
             running = [vcpu.id for vcpu in self.vm.vcpus if not vcpu.closed and vcpu.running]
             if running:
                 raise StateError(f"vCPU {running[0]} is running: pause all vCPUs, then rearm()")
             if not self._rings:
                 return  # bitmaps have no suspects
-            self._reap()
-            for number, bitmap in self._suspects.items():
+            self._pending.reap()
+            for number, bitmap in self._pending.suspects.items():
                 slot = self.vm.slots.get(number)
                 if bitmap and slot is not None and slot.log_dirty:
-                    self._pending.add(number, bitmap)
+                    self._pending.dirty.add(number, bitmap)
                     self.vm.memory[number].set_log_dirty(False)
                     self.vm.memory[number].set_log_dirty(True)
-            self._suspects = DirtySet(self.vm)
+            self._pending.suspects = DirtySet(self.vm)
 
     def finish(self, save: Callable[[], object] | None = None) -> DirtySet:
         """Do the last collection, in the only legal order, and freeze the VM's memory.
@@ -365,31 +311,32 @@ class Tracker:
             The last DirtySet. If save() raises, so does this: nothing is lost, tracking goes
             on, and an attached Runner goes on too.
         """
-        with self._lock:
+        with self._pending.own():
             self._require(State.TRACKING)
-        if self._runner is not None:
-            self._runner.pause()
+        for runner in self._runners:
+            runner.pause()
         self.vm.freeze(lib.KVR_FROZEN_VCPUS)
         try:
             self.flush()
-            with self._lock:
+            with self._pending.own():
                 self._require(State.TRACKING)
                 if self._rings:
-                    self._reap()
+                    self._pending.reap()
                 if save is not None:
                     save()
                 if self._rings:
-                    self._reap()  # what a save wrote with a vCPU loaded
+                    self._pending.reap()  # what a save wrote with a vCPU loaded
                 self.vm.freeze(lib.KVR_FROZEN)
                 if self.source is not Source.RING:
                     for slot in self._logging():
                         self._fetch(slot)
                 self.state = State.FINISHED
+                self._pending.serving = False
                 return self._hand_over()
         except BaseException:
             self.vm.freeze(lib.KVR_THAWED)
-            if self._runner is not None:
-                self._runner.resume()
+            for runner in self._runners:
+                runner.resume()
             raise
 
     def reaper(self, *, interval_s: float = 0.01) -> Reaper:
@@ -402,8 +349,8 @@ class Tracker:
         return Reaper(self._reap_while_tracking, interval_s)
 
     def _reap_while_tracking(self) -> bool:
-        with self._lock:
+        with self._pending.own():
             if self.state is not State.TRACKING:
                 return False
-            self._reap()
+            self._pending.reap()
             return True

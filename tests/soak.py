@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from kvmring import VM, Cap, DirtySet, ResetResult, Runner, Source, System, Tracker, ioctls
 from kvmring.abi import PAGE_SIZE
 from kvmring.guests import ORDERS, PageWriter, page_order
+from kvmring.serving import RingServer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -233,7 +234,9 @@ def main() -> int:
     args = parser.parse_args()
     seed = random.randrange(1 << 32) if args.seed is None else args.seed
     if args.unguarded:
+        # Also for full rings: those that the server takes are reset with the guard, in C.
         VM.reset_dirty_rings = unguarded_reset  # type: ignore[method-assign,assignment]
+        RingServer.lend = lambda self, dirty: None  # type: ignore[method-assign]
     with System() as kvm:
         totals = soak(kvm, seconds=args.seconds, seed=seed, episodes=args.episodes)
     print(

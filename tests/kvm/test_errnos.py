@@ -30,6 +30,7 @@ from kvmring import (
     ioctls,
 )
 from kvmring.abi import lib
+from kvmring.serving import RingServer
 
 from ..gates import needs_kvm
 from .rig import PAGE, X86, Rig, assert_usable
@@ -99,6 +100,7 @@ TABLE: dict[str, tuple[set[str], Callable[[Fd, GuestMemory], object]]] = {
     ),
     "get_stats_fd": ({VMS, VCPUS}, lambda fd, _: ioctls.get_stats_fd(fd)),
     "run": ({VCPUS}, lambda fd, _: ioctls.run(fd)),
+    "run_serving": ({VCPUS}, lambda fd, _: ioctls.run_serving(fd, RingServer()._server)),
     "io_data": ({VCPUS}, lambda fd, _: ioctls.io_data(fd)),
     "get_regs": ({VCPUS}, lambda fd, _: ioctls.get_regs(fd)),
     "set_regs": ({VCPUS}, lambda fd, _: ioctls.set_regs(fd, {})),

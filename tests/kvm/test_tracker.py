@@ -176,7 +176,7 @@ def test_rearm_keeps_everything(tracked: tuple[Rig, Tracker]) -> None:
 
 def test_suspects_stay_dirty_until_rearmed(kvm: System, facts: RingFacts) -> None:
     with rig_for(kvm, facts, "ring") as rig, Tracker(rig.vm) as tracker:
-        tracker._suspects[rig.ram.slot].set(77)  # as a reset that was cut short leaves them
+        tracker._pending.suspects[rig.ram.slot].set(77)  # as a reset that was cut short leaves them
         for _ in range(3):
             assert_exact([77], pages_in(rig, tracker.collect()))
         assert_exact([77], pages_in(rig, tracker.suspects))
@@ -336,12 +336,12 @@ def test_a_reaper_keeps_rings_from_filling(kvm: System, facts: RingFacts) -> Non
 
 def test_a_large_backup_share_is_warned_of(kvm: System, facts: RingFacts) -> None:
     with rig_for(kvm, facts, "ring") as rig, Tracker(rig.vm) as tracker:
-        tracker.stats.pages = 2000
-        tracker.stats.backup_pages = 30
+        tracker._pending.counts.pages = 2000
+        tracker._pending.counts.backup_pages = 30
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             tracker.collect()
-        tracker.stats.backup_pages = 300
+        tracker._pending.counts.backup_pages = 300
         with pytest.warns(RuntimeWarning, match="plain bitmap"):
             tracker.collect()
 

@@ -44,6 +44,8 @@ SIZES = {
     "kvr_fault": 32,
     "kvr_reset_result": 32,
     "kvr_live": 12,
+    "kvr_high_water": 8,
+    "kvr_served": 72,
     "kvr_guest_block": 72,
 }
 OFFSETS = {
@@ -102,6 +104,17 @@ OFFSETS = {
     "kvr_fault": {"taken": 0, "vcpu": 8, "index": 12, "flags": 16, "slot": 20, "offset": 24},
     "kvr_reset_result": {"reset": 0, "expected": 8, "suspects": 16, "calls": 24, "unknown": 28},
     "kvr_live": {"fds": 0, "maps": 4, "rings": 8},
+    "kvr_high_water": {"vcpu": 0, "entries": 4},
+    "kvr_served": {
+        "fulls": 0,
+        "full_ns": 8,
+        "entries": 16,
+        "resets": 24,
+        "short_resets": 28,
+        "error": 32,
+        "pad": 36,
+        "last": 40,
+    },
     "kvr_guest_block": {
         "list": 0,
         "count": 8,
@@ -292,7 +305,7 @@ def test_every_struct_of_the_declarations_is_measured() -> None:
     assert whole == set(OFFSETS)
     assert whole - {"kvm_run"} == set(SIZES), "kvm_run grows with the kernel's headers"
     opaque = set(tags) - whole
-    assert opaque == {"kvr_obj", "kvr_map", "kvr_ring", "kvr_bitmap", "kvr_set"}
+    assert opaque == {"kvr_obj", "kvr_map", "kvr_ring", "kvr_bitmap", "kvr_set", "kvr_server"}
 
 
 @pytest.mark.parametrize(("member", "field"), RUN_FIELDS)

@@ -1,0 +1,192 @@
+"""Pending: what a Tracker has collected and not yet handed over, and the counts of it.
+
+Full rings are served in C (serving.py) while nobody looks at the set; own() is how one gets it
+for oneself. Suspects are here too: they go with every hand-over until they are protected anew.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from kvmring.dirtyset import DirtySet
+from kvmring.serving import RingServer
+from kvmring.sources import TrackerStats
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from kvmring.bitmap import DirtyBitmap
+    from kvmring.ring import DirtyRing
+    from kvmring.vcpu import VCPU
+    from kvmring.vm import VM
+
+__all__ = ["Pending"]
+
+
+class Pending:
+    """The pages of a VM that wait to be handed over.
+
+    Args:
+        vm: The VM.
+        rings: Whether pages come from rings; then they are counted as they come, since
+            counting a set reads a bit of every page that there is.
+
+    Threads: any; inside own(), and everything that needs it says so, one at a time.
+
+    Attributes:
+        server: Runs vCPUs and serves their full rings into the set, while serving is true.
+        serving: Whether the server may have the set when nobody owns it.
+        dirty: The pages. For the owner.
+        suspects: Pages that go with every hand-over. For the owner.
+        counts: For the owner; stats is for everybody.
+    """
+
+    def __init__(self, vm: VM, *, rings: bool) -> None:
+        self.server = RingServer()
+        self.serving = False
+        self.dirty = DirtySet(vm)
+        self.suspects = DirtySet(vm)
+        self._vm = vm
+        self._rings = rings
+        self._lock = threading.RLock()
+        self._owners = 0  # how deep in own()
+        self.counts = TrackerStats()
+        self._fresh = 0  # of the set, as far as it was counted
+        self._num_pages = 0  # in the set, where they come from rings
+
+    @contextmanager
+    def own(self) -> Iterator[None]:
+        """Have the set for oneself; may be nested.
+
+        The server gets it back at the end. Should an exception come at the worst place it
+        does not, and vCPUs with full rings come to serve() until the next owner is done.
+        """
+        with self._lock:
+            if self._owners == 0:
+                self._take_back()
+            self._owners += 1
+            try:
+                yield
+            finally:
+                self._owners -= 1
+                if self._owners == 0 and self.serving and not self._vm.closed:
+                    self.server.lend(self.dirty)
+
+    def _take_back(self) -> None:
+        served = self.server.take_back()
+        stats = self.counts
+        stats.ring_full_exits += served.fulls
+        stats.full_ns += served.full_ns
+        stats.resets += served.resets
+        stats.short_resets += served.short_resets
+        self._count(served.entries)
+        if served.suspects or served.unknown:
+            self._suspect(self._vm._suspects(served.suspects, served.unknown))
+
+    def _count(self, entries: int) -> None:
+        """Count entries that went into the set since the last time."""
+        fresh = self.dirty.fresh - self._fresh
+        self._fresh += fresh
+        self._num_pages += fresh
+        self.counts.entries += entries
+        self.counts.duplicates += entries - fresh
+
+    def _suspect(self, pages: DirtySet) -> None:
+        self.counts.suspects += pages.count()
+        self.suspects |= pages
+
+    def harvest(self, rings: DirtyRing | VM) -> None:
+        """Harvest one ring, or all of the VM's. Needs own()."""
+        self._count(rings.harvest(self.dirty))
+
+    def reset(self) -> None:
+        """Reset the VM's rings. Needs own()."""
+        result = self._vm.reset_dirty_rings()
+        self.counts.resets += 1
+        self.counts.short_resets += result.calls > 1
+        if result.suspects:
+            self._suspect(result.suspects)
+
+    def reap(self) -> None:
+        """Harvest and reset every ring, also those of vCPUs whose handles were closed."""
+        with self.own():
+            self.harvest(self._vm)
+            self.reset()
+
+    def serve(self, vcpu: VCPU) -> None:
+        """Empty a full ring that the server did not."""
+        begin = time.perf_counter_ns()
+        with self.own():
+            self.harvest(vcpu.dirty_ring)
+            self.reset()
+            self.counts.ring_full_exits += 1
+            self.counts.full_ns += time.perf_counter_ns() - begin
+
+    def add(self, slot: int, bitmap: DirtyBitmap) -> None:
+        """Add a slot's pages, from a bitmap of KVM's. Needs own()."""
+        if self._rings:
+            only_here = (bitmap - self.dirty[slot]).count()
+            self.counts.backup_pages += only_here
+            self._num_pages += only_here
+        self.dirty.add(slot, bitmap)
+
+    def mark(self, slot: int, first: int, num_pages: int) -> None:
+        """Add a range of a slot's pages. Needs own()."""
+        bitmap = self.dirty[slot]
+        if self._rings:
+            old = sum(page in bitmap for page in range(first, first + num_pages))
+            self._num_pages += num_pages - old
+        bitmap.set(first, num_pages=num_pages)
+
+    def follow_slots(self) -> None:
+        """Keep the pages of those slots that still exist, where they are now. Needs own()."""
+        self._renew(self._followed(self.dirty))
+        self._num_pages = sum(bitmap.count() for bitmap in self.dirty.values())
+        self.suspects = self._followed(self.suspects)
+
+    def _followed(self, old: DirtySet) -> DirtySet:
+        new = DirtySet(self._vm)
+        for number, bitmap in old.items():
+            slot = self._vm.slots.get(number)
+            if slot is not None and slot.num_pages == len(bitmap):
+                new.add(number, bitmap)
+        return new
+
+    def _renew(self, dirty: DirtySet) -> None:
+        self.dirty = dirty
+        self._fresh = dirty.fresh
+        self._num_pages = 0
+
+    def forget(self) -> None:
+        """Drop the pages. Needs own()."""
+        self._renew(DirtySet(self._vm))
+
+    def hand_over(self) -> DirtySet:
+        """Return the pages and the suspects, and begin anew. Needs own()."""
+        taken = self.dirty
+        taken |= self.suspects
+        self.counts.collections += 1
+        self.counts.pages += (
+            self._num_pages if self._rings else sum(bitmap.count() for bitmap in taken.values())
+        )
+        self.forget()
+        return taken
+
+    def note_high_water(self, *, clear: bool = False) -> None:
+        """Ask the VM how full its rings were at most. Needs own()."""
+        if not self._rings or self._vm.closed:
+            return
+        marks = self._vm._high_water(clear=clear)
+        if not clear:
+            self.counts.high_water |= marks
+
+    @property
+    def stats(self) -> TrackerStats:
+        """The counts at this moment; a copy."""
+        with self.own():
+            self.note_high_water()
+            return replace(self.counts, high_water=dict(self.counts.high_water))
