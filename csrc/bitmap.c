@@ -3,6 +3,11 @@
  * Bitmaps, one bit per page of a slot, in the layout of KVM_GET_DIRTY_LOG:
  * 64-bit words, little-endian bits, length rounded up to whole words.  Bits past
  * the last page are zero, and every function here keeps them so.
+ *
+ * Beside the words stands a byte per chunk of 512 of them: 0 where no word of the
+ * chunk can be other than zero.  What reads a bitmap passes over such chunks, and
+ * so takes the time that the dirty pages take, not all pages.  Who sets a bit must
+ * set its chunk's byte: here, in kvr_mark(), and in kvr_get_dirty_log().
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -37,6 +42,44 @@ static void words_free(uint64_t *words, uint64_t num)
 		munmap(words, num * sizeof(uint64_t));
 }
 
+static uint64_t chunks(const struct kvr_bitmap *bm)
+{
+	return (bm->num_words + KVR_CHUNK_WORDS - 1) / KVR_CHUNK_WORDS;
+}
+
+/* Words in a chunk: the last one may be short. */
+static uint64_t chunk_words(const struct kvr_bitmap *bm, uint64_t chunk)
+{
+	uint64_t left = bm->num_words - chunk * KVR_CHUNK_WORDS;
+
+	return left < KVR_CHUNK_WORDS ? left : KVR_CHUNK_WORDS;
+}
+
+static uint64_t *chunk_of(const struct kvr_bitmap *bm, uint64_t chunk)
+{
+	return bm->words + chunk * KVR_CHUNK_WORDS;
+}
+
+/* The first word at or after this one that may be other than zero; num_words
+ * without one. */
+static inline uint64_t skip_untouched(const struct kvr_bitmap *bm, uint64_t word)
+{
+	uint64_t chunk = word / KVR_CHUNK_WORDS;
+
+	if (word >= bm->num_words || bm->touched[chunk])
+		return word;
+	do
+		chunk++;
+	while (chunk < chunks(bm) && !bm->touched[chunk]);
+	word = chunk * KVR_CHUNK_WORDS;
+	return word < bm->num_words ? word : bm->num_words;
+}
+
+void kvr_bitmap_touch_all(struct kvr_bitmap *bm)
+{
+	memset(bm->touched, 1, chunks(bm));
+}
+
 int kvr_bitmap_new(uint64_t num_pages, struct kvr_bitmap **out)
 {
 	struct kvr_bitmap *bm;
@@ -49,8 +92,9 @@ int kvr_bitmap_new(uint64_t num_pages, struct kvr_bitmap **out)
 	bm->num_pages = num_pages;
 	bm->num_words = (num_pages + 63) / 64;
 	bm->words = words_new(bm->num_words);
-	if (!bm->words) {
-		free(bm);
+	bm->touched = calloc(chunks(bm) + 1, 1);
+	if (!bm->words || !bm->touched) {
+		kvr_bitmap_free(bm);
 		return -ENOMEM;
 	}
 	*out = bm;
@@ -59,8 +103,11 @@ int kvr_bitmap_new(uint64_t num_pages, struct kvr_bitmap **out)
 
 void kvr_bitmap_free(struct kvr_bitmap *bm)
 {
-	if (bm)
+	if (!bm)
+		return;
+	if (bm->words)
 		words_free(bm->words, bm->num_words);
+	free(bm->touched);
 	free(bm);
 }
 
@@ -74,12 +121,46 @@ uint64_t *kvr_bitmap_words(struct kvr_bitmap *bm)
 	return bm->words;
 }
 
+static inline __attribute__((always_inline)) uint64_t count_words(const uint64_t *words,
+								  uint64_t num)
+{
+	uint64_t a = 0, b = 0, c = 0, d = 0, i;
+
+	for (i = 0; i + 4 <= num; i += 4) {
+		a += (uint64_t)__builtin_popcountll(words[i]);
+		b += (uint64_t)__builtin_popcountll(words[i + 1]);
+		c += (uint64_t)__builtin_popcountll(words[i + 2]);
+		d += (uint64_t)__builtin_popcountll(words[i + 3]);
+	}
+	for (; i < num; i++)
+		a += (uint64_t)__builtin_popcountll(words[i]);
+	return a + b + c + d;
+}
+
+static uint64_t count_any(const uint64_t *words, uint64_t num)
+{
+	return count_words(words, num);
+}
+
+#ifdef __x86_64__
+__attribute__((target("popcnt"))) static uint64_t count_popcnt(const uint64_t *words, uint64_t num)
+{
+	return count_words(words, num);
+}
+#endif
+
 uint64_t kvr_bitmap_count(const struct kvr_bitmap *bm)
 {
+	uint64_t (*count)(const uint64_t *, uint64_t) = count_any;
 	uint64_t n = 0;
 
-	for (uint64_t i = 0; i < bm->num_words; i++)
-		n += (uint64_t)__builtin_popcountll(bm->words[i]);
+#ifdef __x86_64__
+	if (__builtin_cpu_supports("popcnt") && kvr_paths == KVR_PATHS_BEST)
+		count = count_popcnt;
+#endif
+	for (uint64_t i = 0; i < chunks(bm); i++)
+		if (bm->touched[i])
+			n += count(chunk_of(bm, i), chunk_words(bm, i));
 	return n;
 }
 
@@ -101,10 +182,12 @@ int kvr_bitmap_set_range(struct kvr_bitmap *bm, uint64_t first, uint64_t num, in
 		if (span > end - page)
 			span = end - page;
 		mask = (span == 64 ? ~UINT64_C(0) : (UINT64_C(1) << span) - 1) << bit;
-		if (value)
+		if (value) {
 			bm->words[word] |= mask;
-		else
+			bm->touched[word / KVR_CHUNK_WORDS] = 1;
+		} else if (bm->touched[word / KVR_CHUNK_WORDS]) {
 			bm->words[word] &= ~mask;
+		}
 		page += span;
 	}
 	return 0;
@@ -120,72 +203,129 @@ int kvr_bitmap_set_pages(struct kvr_bitmap *bm, const uint64_t *pages, uint64_t 
 		uint64_t page = *(const volatile uint64_t *)&pages[i];
 
 		if (page < bm->num_pages)
-			bm->words[page / 64] |= UINT64_C(1) << (page % 64);
+			kvr_mark(bm, page);
 	}
 	return 0;
 }
 
-int kvr_bitmap_merge(struct kvr_bitmap *dst, int op, const struct kvr_bitmap *src)
+/* One chunk; the source's may be untouched. */
+static void merge_chunk(struct kvr_bitmap *dst, int op, const struct kvr_bitmap *src,
+			uint64_t chunk)
 {
-	uint64_t *d = dst->words;
-	const uint64_t *s = src->words;
-	uint64_t n = dst->num_words;
+	uint64_t *d = chunk_of(dst, chunk), n = chunk_words(dst, chunk);
+	const uint64_t *s = chunk_of(src, chunk);
 
-	if (dst->num_pages != src->num_pages)
-		return -KVR_ESIZE;
 	switch (op) {
 	case '|':
 		for (uint64_t i = 0; i < n; i++)
 			d[i] |= s[i];
-		return 0;
+		dst->touched[chunk] = 1;
+		break;
 	case '&':
 		for (uint64_t i = 0; i < n; i++)
 			d[i] &= s[i];
-		return 0;
+		break;
 	case '-':
 		for (uint64_t i = 0; i < n; i++)
 			d[i] &= ~s[i];
-		return 0;
+		break;
 	case '=':
 		memmove(d, s, n * sizeof(*d));
-		return 0;
-	default:
-		return -EINVAL;
+		dst->touched[chunk] = 1;
+		break;
 	}
+}
+
+int kvr_bitmap_merge(struct kvr_bitmap *dst, int op, const struct kvr_bitmap *src)
+{
+	if (dst->num_pages != src->num_pages)
+		return -KVR_ESIZE;
+	if (!op || !strchr("|&-=", op))
+		return -EINVAL;
+	for (uint64_t i = 0; i < chunks(dst); i++) {
+		if (src->touched[i]) {
+			if (dst->touched[i] || op == '|' || op == '=')
+				merge_chunk(dst, op, src, i);
+		} else if (dst->touched[i] && (op == '&' || op == '=')) {
+			memset(chunk_of(dst, i), 0, chunk_words(dst, i) * sizeof(uint64_t));
+			dst->touched[i] = 0;
+		}
+	}
+	return 0;
 }
 
 int kvr_bitmap_equal(const struct kvr_bitmap *a, const struct kvr_bitmap *b)
 {
-	return a->num_pages == b->num_pages &&
-	       memcmp(a->words, b->words, a->num_words * sizeof(uint64_t)) == 0;
+	if (a->num_pages != b->num_pages)
+		return 0;
+	for (uint64_t i = 0; i < chunks(a); i++)
+		if ((a->touched[i] || b->touched[i]) &&
+		    memcmp(chunk_of(a, i), chunk_of(b, i), chunk_words(a, i) * sizeof(uint64_t)))
+			return 0;
+	return 1;
 }
 
-uint64_t kvr_bitmap_page_numbers(const struct kvr_bitmap *bm, uint64_t *next, uint64_t base,
-				 uint64_t scale, uint64_t *out, uint64_t max)
+/* The set bits of a word as numbers, in order.  Eight places are written at a
+ * time, whatever the word holds: a branch per bit costs more than stores that go
+ * nowhere.  out has room for 64 at least. */
+static inline __attribute__((always_inline)) uint64_t numbers_of(uint64_t bits, uint64_t first,
+								 uint64_t scale, uint64_t *out)
 {
-	uint64_t n = 0, word = *next / 64, bits;
+	uint64_t n = (uint64_t)__builtin_popcountll(bits);
 
-	if (*next >= bm->num_pages)
-		return 0;
-	bits = bm->words[word] & ~UINT64_C(0) << (*next % 64);
-	for (;;) {
-		while (bits) {
-			uint64_t page = word * 64 + (uint64_t)__builtin_ctzll(bits);
-
-			if (n == max) {
-				*next = page;
-				return n;
-			}
-			out[n++] = base + page * scale;
+	for (uint64_t done = 0; done < n; done += 8) {
+		for (uint64_t i = done; i < done + 8; i++) {
+			/* no bit left: any number will do */
+			out[i] =
+				first + (uint64_t)__builtin_ctzll(bits | UINT64_C(1) << 63) * scale;
 			bits &= bits - 1;
 		}
-		if (++word == bm->num_words)
-			break;
-		bits = bm->words[word];
 	}
-	*next = bm->num_pages;
 	return n;
 }
+
+/* Whole words from *word on, while 64 places are left; moves *word. */
+static inline __attribute__((always_inline)) uint64_t numbers(const struct kvr_bitmap *bm,
+							      uint64_t *word, uint64_t base,
+							      uint64_t scale, uint64_t *out,
+							      uint64_t max)
+{
+	uint64_t i = *word, n = 0;
+
+	while (max - n >= 64) {
+		uint64_t bits, end;
+
+		i = skip_untouched(bm, i);
+		if (i == bm->num_words)
+			break;
+		end = (i / KVR_CHUNK_WORDS + 1) * KVR_CHUNK_WORDS;
+		if (end > bm->num_words)
+			end = bm->num_words;
+		for (; i < end && max - n >= 64; i++) {
+			bits = bm->words[i];
+			if (bits)
+				n += numbers_of(bits, base + i * 64 * scale, scale, out + n);
+		}
+	}
+	*word = i;
+	return n;
+}
+
+static uint64_t numbers_any(const struct kvr_bitmap *bm, uint64_t *word, uint64_t base,
+			    uint64_t scale, uint64_t *out, uint64_t max)
+{
+	return numbers(bm, word, base, scale, out, max);
+}
+
+#ifdef __x86_64__
+__attribute__((target("popcnt,bmi"))) static uint64_t numbers_bmi(const struct kvr_bitmap *bm,
+								  uint64_t *word, uint64_t base,
+								  uint64_t scale, uint64_t *out,
+								  uint64_t max)
+{
+	return numbers(bm, word, base, scale, out, max);
+}
+#endif
 
 /* First page at or after page whose bit is not flip's; num_pages without one. */
 static uint64_t find_next(const struct kvr_bitmap *bm, uint64_t page, uint64_t flip)
@@ -194,14 +334,51 @@ static uint64_t find_next(const struct kvr_bitmap *bm, uint64_t page, uint64_t f
 
 	if (page >= bm->num_pages)
 		return bm->num_pages;
+	if (!flip && !bm->touched[word / KVR_CHUNK_WORDS]) {
+		word = skip_untouched(bm, word);
+		if (word == bm->num_words)
+			return bm->num_pages;
+		page = word * 64;
+	}
 	bits = (bm->words[word] ^ flip) & ~UINT64_C(0) << (page % 64);
 	while (!bits) {
-		if (++word == bm->num_words)
+		word++;
+		if (!flip)
+			word = skip_untouched(bm, word);
+		if (word >= bm->num_words)
 			return bm->num_pages;
 		bits = bm->words[word] ^ flip;
 	}
 	page = word * 64 + (uint64_t)__builtin_ctzll(bits);
 	return page < bm->num_pages ? page : bm->num_pages;
+}
+
+uint64_t kvr_bitmap_page_numbers(const struct kvr_bitmap *bm, uint64_t *next, uint64_t base,
+				 uint64_t scale, uint64_t *out, uint64_t max)
+{
+	uint64_t n = 0, page = *next, word;
+
+	/* To the next whole word one by one, then words, then the last few one by one. */
+	for (;;) {
+		if (page % 64 == 0) {
+			word = page / 64;
+#ifdef __x86_64__
+			if (__builtin_cpu_supports("bmi") && __builtin_cpu_supports("popcnt") &&
+			    kvr_paths == KVR_PATHS_BEST)
+				n += numbers_bmi(bm, &word, base, scale, out + n, max - n);
+			else
+#endif
+				n += numbers_any(bm, &word, base, scale, out + n, max - n);
+			page = word * 64;
+		}
+		page = find_next(bm, page, 0);
+		if (page >= bm->num_pages || n == max)
+			break;
+		out[n++] = base + page * scale;
+		page++;
+	}
+	*next = page < bm->num_pages ? page : bm->num_pages;
+	return n;
 }
 
 uint64_t kvr_bitmap_runs(const struct kvr_bitmap *bm, uint64_t *next, uint64_t *out, uint64_t max)
@@ -252,9 +429,4 @@ int kvr_set_put(struct kvr_set *set, uint32_t slot, struct kvr_bitmap *bm)
 uint64_t kvr_set_strays(const struct kvr_set *set)
 {
 	return set->strays;
-}
-
-uint64_t kvr_set_fresh(const struct kvr_set *set)
-{
-	return set->fresh;
 }

@@ -10,6 +10,7 @@
 #define KVMRING_INTERNAL_H
 
 #include "kvmring.h"
+#include <errno.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
@@ -45,6 +46,7 @@ struct kvr_ring {
 	uint32_t reset;	       /* first entry that KVM has not reset yet */
 	atomic_int harvesting; /* one harvester at a time */
 	pthread_mutex_t lock;  /* a reset keeps harvesters out */
+	bool entered;	       /* by a harvest of the whole VM */
 	uint32_t most;	       /* entries that one harvest took */
 	uint32_t pushed;       /* synthetic only: the kernel's dirty_index */
 	bool synthetic;
@@ -83,7 +85,12 @@ struct kvr_bitmap {
 	uint64_t num_pages;
 	uint64_t num_words;
 	uint64_t *words;
+	uint8_t *touched; /* by chunk: may a word of it be other than zero? */
 };
+
+#ifndef KVR_CHUNK_WORDS /* the tests make it small */
+#define KVR_CHUNK_WORDS 512
+#endif
 
 struct kvr_set_slot {
 	uint32_t slot;
@@ -93,7 +100,6 @@ struct kvr_set_slot {
 struct kvr_set {
 	uint32_t room, num;
 	uint64_t strays; /* entries that named nothing of the set */
-	uint64_t fresh;	 /* entries whose page was not marked before */
 	struct kvr_set_slot slots[];
 };
 
@@ -119,6 +125,12 @@ static inline void kvr_store_release(uint32_t *p, uint32_t value)
 	__atomic_store_n(p, value, __ATOMIC_RELEASE);
 }
 
+/* The fetch index moves under the ring's lock, and is looked at without it too. */
+static inline void kvr_advance(struct kvr_ring *ring, uint32_t n)
+{
+	__atomic_store_n(&ring->fetch, ring->fetch + n, __ATOMIC_RELAXED);
+}
+
 static inline struct kvr_vm *kvr_vm(struct kvr_obj *obj)
 {
 	return (struct kvr_vm *)obj;
@@ -137,6 +149,17 @@ static inline int kvr_expect(const struct kvr_obj *obj, enum kvr_kind kind)
 	return obj->kind == kind ? 0 : -ENOTTY;
 }
 
+/* lines.c: whole cache lines of dirty entries, from a fetch index that begins one.
+ * They return how many entries they took; less than max means that the next line
+ * is not whole, or not of one known slot, and says nothing about its entries. */
+#define KVR_LINE 4
+/* For tests, which compare the paths: what the CPU can do best, portable C, or no
+ * lines at all.  To be changed only while nobody harvests. */
+enum kvr_paths { KVR_PATHS_BEST, KVR_PATHS_PORTABLE, KVR_PATHS_ONE_BY_ONE };
+extern int kvr_paths;
+uint64_t kvr_lines_to_set(struct kvr_ring *ring, struct kvr_set *set, uint32_t *hint, uint64_t max);
+uint64_t kvr_lines_to_gfns(struct kvr_ring *ring, struct kvr_gfn *gfns, uint64_t max);
+
 struct kvr_ring *kvr_ring_new(uint32_t vcpu, uint32_t bytes);
 /* Is what may dirty memory refused at this level?  obj: a VM, or what belongs to one. */
 static inline bool kvr_frozen(struct kvr_obj *obj, int level)
@@ -148,6 +171,7 @@ static inline bool kvr_frozen(struct kvr_obj *obj, int level)
 
 int kvr_ring_map(int vcpu_fd, uint32_t vcpu, uint32_t bytes, struct kvr_ring **out);
 struct kvr_ring *kvr_ring_get(struct kvr_ring *ring);
+void kvr_bitmap_touch_all(struct kvr_bitmap *bm);
 struct kvr_map *kvr_map_get(struct kvr_map *map);
 size_t kvr_page_size(void);
 int kvr_kick_signal(void);
@@ -169,36 +193,43 @@ static inline void kvr_restore_signals(uint64_t before)
 	syscall(SYS_rt_sigprocmask, SIG_SETMASK, &before, NULL, sizeof(before));
 }
 
-/* Mark one page in the set, or count it as a stray.  hint: where the last one
- * was found; runs of entries are of one slot. */
+/* The set's slot of that number, or NULL.  hint: where the last one was found;
+ * runs of entries are of one slot. */
+static inline struct kvr_set_slot *kvr_set_find(struct kvr_set *set, uint32_t *hint, uint32_t slot)
+{
+	uint32_t low = 0, high = set->num;
+
+	if (*hint < set->num && set->slots[*hint].slot == slot)
+		return &set->slots[*hint];
+	while (low < high) {
+		uint32_t mid = low + (high - low) / 2;
+
+		if (set->slots[mid].slot < slot)
+			low = mid + 1;
+		else
+			high = mid;
+	}
+	if (low >= set->num || set->slots[low].slot != slot)
+		return NULL;
+	*hint = low;
+	return &set->slots[low];
+}
+
+static inline void kvr_mark(const struct kvr_bitmap *bm, uint64_t page)
+{
+	bm->words[page / 64] |= UINT64_C(1) << (page % 64);
+	bm->touched[page / 64 / KVR_CHUNK_WORDS] = 1;
+}
+
+/* Mark one page in the set, or count it as a stray. */
 static inline void kvr_set_mark(struct kvr_set *set, uint32_t *hint, uint32_t slot, uint64_t page)
 {
-	uint32_t low = 0, high = set->num, i = *hint;
-	uint64_t *word;
+	struct kvr_set_slot *found = kvr_set_find(set, hint, slot);
 
-	if (i >= set->num || set->slots[i].slot != slot) {
-		while (low < high) {
-			uint32_t mid = low + (high - low) / 2;
-
-			if (set->slots[mid].slot < slot)
-				low = mid + 1;
-			else
-				high = mid;
-		}
-		i = low;
-		if (i >= set->num || set->slots[i].slot != slot) {
-			set->strays++;
-			return;
-		}
-		*hint = i;
-	}
-	if (page >= set->slots[i].bm->num_pages) {
+	if (found && page < found->bm->num_pages)
+		kvr_mark(found->bm, page);
+	else
 		set->strays++;
-		return;
-	}
-	word = &set->slots[i].bm->words[page / 64];
-	set->fresh += ~*word >> (page % 64) & 1;
-	*word |= UINT64_C(1) << (page % 64);
 }
 
 #endif

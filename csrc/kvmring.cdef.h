@@ -343,7 +343,6 @@ int kvr_set_new(uint32_t n, struct kvr_set **out);
 void kvr_set_free(struct kvr_set *set);
 int kvr_set_put(struct kvr_set *set, uint32_t slot, struct kvr_bitmap *bm);
 uint64_t kvr_set_strays(const struct kvr_set *set);
-uint64_t kvr_set_fresh(const struct kvr_set *set);
 
 int kvr_run(struct kvr_obj *vcpu, struct kvm_run *out);
 int kvr_kick(struct kvr_obj *vcpu);

@@ -139,7 +139,7 @@ int kvr_ring_fill(struct kvr_ring *ring, uint32_t *out);
 long kvr_ring_harvest(struct kvr_ring *ring, struct kvr_gfn *gfns, struct kvr_set *set,
 		      uint64_t max, struct kvr_fault *fault);
 /* The same over every ring of the VM, in the order of vCPU creation; takes
- * nothing when one of them is in use.  *fault is the first broken ring's, its
+ * nothing when one of them that has entries is in use.  *fault is the first broken ring's, its
  * count that of the whole call. */
 long kvr_vm_harvest(struct kvr_obj *vm, struct kvr_gfn *gfns, struct kvr_set *set, uint64_t max,
 		    struct kvr_fault *fault);
@@ -198,8 +198,6 @@ void kvr_set_free(struct kvr_set *set);
 int kvr_set_put(struct kvr_set *set, uint32_t slot, struct kvr_bitmap *bm);
 /* Entries that named no slot, or no page, of the set. */
 uint64_t kvr_set_strays(const struct kvr_set *set);
-/* Entries whose page was not marked before; the others were duplicates. */
-uint64_t kvr_set_fresh(const struct kvr_set *set);
 
 /* run.c: KVM_RUN ------------------------------------------------------- */
 

@@ -168,43 +168,49 @@ static void note_fault(const struct kvr_ring *ring, uint32_t flags, uint64_t tak
 	};
 }
 
-/* The loop itself; one of gfns and set is NULL, known when this is inlined.
- * Returns entries taken; *faulty tells whether it ended at an illegal one, and
- * *fault, which is written only then, where. */
-static inline __attribute__((always_inline)) uint64_t harvest(struct kvr_ring *ring,
-							      struct kvr_gfn *gfns,
-							      struct kvr_set *set, uint64_t max,
-							      bool *faulty, struct kvr_fault *fault)
+static bool take_one(struct kvr_ring *ring, struct kvr_gfn *gfns, struct kvr_set *set,
+		     uint32_t *hint, uint32_t *flags)
 {
-	uint32_t mask = ring->entries - 1, hint = 0;
-	uint64_t n;
+	struct kvm_dirty_gfn *gfn = &ring->gfns[ring->fetch & (ring->entries - 1)];
 
-	for (n = 0; n < max; n++) {
-		struct kvm_dirty_gfn *gfn = &ring->gfns[ring->fetch & mask];
-		uint32_t flags = kvr_load_acquire(&gfn->flags);
+	*flags = kvr_load_acquire(&gfn->flags);
+	if (*flags != KVM_DIRTY_GFN_F_DIRTY)
+		return false;
+	if (set)
+		kvr_set_mark(set, hint, gfn->slot, gfn->offset);
+	else
+		*gfns = (struct kvr_gfn){ gfn->slot, ring->vcpu, gfn->offset };
+	kvr_store_release(&gfn->flags, KVM_DIRTY_GFN_F_RESET);
+	kvr_advance(ring, 1);
+	return true;
+}
 
-		if (flags != KVM_DIRTY_GFN_F_DIRTY) {
+/* Take at most max entries; one of gfns and set is NULL.  Returns how many;
+ * *faulty tells whether it ended at an illegal one, and *fault, which is written
+ * only then, where. */
+static uint64_t harvest(struct kvr_ring *ring, struct kvr_gfn *gfns, struct kvr_set *set,
+			uint64_t max, bool *faulty, struct kvr_fault *fault)
+{
+	uint32_t hint = 0, flags;
+	uint64_t n = 0;
+
+	while (n < max) {
+		if (ring->fetch % KVR_LINE == 0 && max - n >= KVR_LINE) {
+			uint64_t took = set ? kvr_lines_to_set(ring, set, &hint, max - n)
+					    : kvr_lines_to_gfns(ring, gfns + n, max - n);
+
+			n += took;
+			if (took) /* there may be more behind the array's end */
+				continue;
+		}
+		if (!take_one(ring, set ? NULL : gfns + n, set, &hint, &flags)) {
 			*faulty = !ends_legally(ring, flags);
 			if (*faulty)
 				note_fault(ring, flags, n, fault);
 			break;
 		}
-		if (set)
-			kvr_set_mark(set, &hint, gfn->slot, gfn->offset);
-		else
-			gfns[n] = (struct kvr_gfn){ gfn->slot, ring->vcpu, gfn->offset };
-		kvr_store_release(&gfn->flags, KVM_DIRTY_GFN_F_RESET);
-		ring->fetch++;
+		n++;
 	}
-	return n;
-}
-
-static uint64_t harvest_into(struct kvr_ring *ring, struct kvr_gfn *gfns, struct kvr_set *set,
-			     uint64_t max, bool *faulty, struct kvr_fault *fault)
-{
-	uint64_t n = set ? harvest(ring, NULL, set, max, faulty, fault)
-			 : harvest(ring, gfns, NULL, max, faulty, fault);
-
 	if (n > ring->most)
 		ring->most = (uint32_t)n;
 	return n;
@@ -222,9 +228,45 @@ long kvr_ring_harvest(struct kvr_ring *ring, struct kvr_gfn *gfns, struct kvr_se
 	ret = ring_enter(ring);
 	if (ret)
 		return ret;
-	n = harvest_into(ring, gfns, set, max, &faulty, fault);
+	n = harvest(ring, gfns, set, max, &faulty, fault);
 	ring_leave(ring);
 	return faulty ? -EPROTO : (long)n;
+}
+
+/* Has the ring nothing to take, by a look that needs no lock?  Only a free entry
+ * says yes.  While another thread harvests, the index may be old; what comes to
+ * light behind it then is left to the next harvest. */
+static bool looks_empty(const struct kvr_ring *ring)
+{
+	uint32_t fetch = __atomic_load_n(&ring->fetch, __ATOMIC_RELAXED);
+
+	return kvr_load_acquire(&ring->gfns[fetch & (ring->entries - 1)].flags) == 0;
+}
+
+/* Enter every ring that may have something, or none. */
+static int enter_all(struct kvr_vm *vm)
+{
+	int ret = 0;
+
+	for (uint32_t i = 0; i < vm->num_rings && !ret; i++) {
+		struct kvr_ring *ring = vm->rings[i];
+
+		if (looks_empty(ring))
+			continue;
+		ret = ring_enter(ring);
+		ring->entered = !ret;
+	}
+	return ret;
+}
+
+static void leave_all(struct kvr_vm *vm)
+{
+	for (uint32_t i = 0; i < vm->num_rings; i++) {
+		if (!vm->rings[i]->entered)
+			continue;
+		vm->rings[i]->entered = false;
+		ring_leave(vm->rings[i]);
+	}
 }
 
 long kvr_vm_harvest(struct kvr_obj *obj, struct kvr_gfn *gfns, struct kvr_set *set, uint64_t max,
@@ -233,32 +275,28 @@ long kvr_vm_harvest(struct kvr_obj *obj, struct kvr_gfn *gfns, struct kvr_set *s
 	int ret = kvr_expect(obj, KVR_VM);
 	struct kvr_vm *vm = kvr_vm(obj);
 	uint64_t taken = 0;
-	uint32_t entered;
 	bool faulty = false;
 
 	if (ret)
 		return ret;
 	pthread_mutex_lock(&vm->rings_lock);
-	for (entered = 0; entered < vm->num_rings; entered++) {
-		ret = ring_enter(vm->rings[entered]);
-		if (ret)
-			break;
-	}
+	ret = enter_all(vm);
 	/* A broken ring does not keep the others from being read. */
-	for (uint32_t i = 0; !ret && i < entered; i++) {
+	for (uint32_t i = 0; !ret && i < vm->num_rings; i++) {
 		struct kvr_fault here;
 		bool broken = false;
 
-		taken += harvest_into(vm->rings[i], set ? NULL : gfns + taken, set, max - taken,
-				      &broken, &here);
+		if (!vm->rings[i]->entered)
+			continue;
+		taken += harvest(vm->rings[i], set ? NULL : gfns + taken, set, max - taken, &broken,
+				 &here);
 		if (broken && !faulty)
 			*fault = here;
 		faulty |= broken;
 	}
 	if (faulty)
 		fault->taken = taken;
-	while (entered-- > 0)
-		ring_leave(vm->rings[entered]);
+	leave_all(vm);
 	pthread_mutex_unlock(&vm->rings_lock);
 	if (ret)
 		return ret;

@@ -150,6 +150,8 @@ int kvr_get_dirty_log(struct kvr_obj *vm, uint32_t slot, struct kvr_bitmap *into
 		 * then finds nowhere to write, after all its other checks. */
 		if (!known)
 			log.dirty_bitmap = NULL;
+		else
+			kvr_bitmap_touch_all(into);
 		ret = kvr_ioctl(vm, KVM_GET_DIRTY_LOG, &log);
 	}
 	pthread_mutex_unlock(&kvr_vm(vm)->slots_lock);

@@ -17,7 +17,7 @@ from kvmring.device import Attributes
 from kvmring.dirtyset import DirtySet, MemorySlot
 from kvmring.errors import RingError, StateError, int_between
 from kvmring.memory import MAX_SLOT, SlotTable, _unwatched
-from kvmring.ring import harvest
+from kvmring.target import harvest
 
 if TYPE_CHECKING:
     import threading
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from kvmring._kvm import Obj
-    from kvmring.ring import Target
+    from kvmring.target import Target
 
     SlotWatcher = Callable[[int], AbstractContextManager[object]]
 
@@ -104,13 +104,7 @@ class DirtyLog(Attributes):
             RingError: A ring broke the protocol. The others were harvested all the same.
             StateError: Another thread harvests one of the rings; nothing was taken.
         """
-        return harvest(
-            into,
-            limit,
-            lambda gfns, c_set, most, fault: lib.kvr_vm_harvest(
-                self.handle, gfns, c_set, most, fault
-            ),
-        )
+        return harvest(into, limit, lib.kvr_vm_harvest, self)
 
     def reset_dirty_rings(self) -> ResetResult:
         """Hand every harvested entry back to KVM, which protects the pages anew.
@@ -181,8 +175,12 @@ class DirtyLog(Attributes):
         if into is None:
             known = self.slots.get(number)
             into = DirtyBitmap(known.num_pages if known else 0)
-        with self._borrow(number, into):
-            ioctls.get_dirty_log(self, number, into)
+        try:
+            with _borrow(into):
+                ioctls.get_dirty_log(self, number, into)
+        except ValueError:  # C compares the sizes
+            self._require_size(number, into)
+            raise
         return into
 
     def clear_dirty_log(
@@ -223,14 +221,18 @@ class DirtyLog(Attributes):
                 f"num_pages must be a multiple of 64 or reach the slot's end, {total - first}; "
                 f"not {num}"
             )
-        with self._borrow(number, bitmap):
+        self._require_size(number, bitmap)
+        with bitmap.lock:
             ioctls.clear_dirty_log(self, number, bitmap, first, num)
 
-    def _borrow(self, slot: int, bitmap: DirtyBitmap) -> threading.Lock:
-        """Check a bitmap against its slot, and return what keeps others from it for one call."""
-        if not isinstance(bitmap, DirtyBitmap):
-            raise TypeError(f"the bitmap must be a DirtyBitmap, not {type(bitmap).__name__}")
+    def _require_size(self, slot: int, bitmap: DirtyBitmap) -> None:
         known = self.slots.get(slot)
         if known is not None and known.num_pages != len(bitmap):
             raise ValueError(f"slot {slot} has {known.num_pages} pages, the bitmap {len(bitmap)}")
-        return bitmap.lock
+
+
+def _borrow(bitmap: DirtyBitmap) -> threading.Lock:
+    """Return what keeps others from a bitmap for one call."""
+    if not isinstance(bitmap, DirtyBitmap):
+        raise TypeError(f"the bitmap must be a DirtyBitmap, not {type(bitmap).__name__}")
+    return bitmap.lock

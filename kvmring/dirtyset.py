@@ -16,15 +16,12 @@ from typing import TYPE_CHECKING, Protocol
 from kvmring.abi import PAGE_SIZE, check, ffi, lib, out, owner, uninitialised
 from kvmring.bitmap import DirtyBitmap
 from kvmring.errors import StateError
+from kvmring.target import failed, new_fault
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from kvmring._kvm import Gfns, Set
-    from kvmring.errors import RingError
-
-    # (gfns, set, max) -> (entries taken, what went wrong after them)
-    Source = Callable[[Gfns, Set, int], tuple[int, RingError | None]]
+    from kvmring._kvm import Set
+    from kvmring.owned import Owned
+    from kvmring.target import H, Harvest
 
 __all__ = ["DirtySet", "MemorySlot"]
 
@@ -87,7 +84,7 @@ class DirtySet(Mapping[int, DirtyBitmap]):
         One operation at a time; a harvest into the set from another thread waits.
     """
 
-    __slots__ = ("_bitmaps", "_c_set", "_fresh", "_lock", "_seen", "_slots", "_strays", "_vm")
+    __slots__ = ("_bitmaps", "_c_set", "_fault", "_lock", "_seen", "_slots", "_strays", "_vm")
 
     def __init__(self, vm: HasSlots) -> None:
         self._lock = threading.Lock()
@@ -96,7 +93,8 @@ class DirtySet(Mapping[int, DirtyBitmap]):
         self._bitmaps: dict[int, DirtyBitmap] = {}
         self._seen = -1
         self._c_set: Set | None = None
-        self._strays = self._fresh = 0
+        self._strays = 0
+        self._fault = new_fault()
 
     @property
     def strays(self) -> int:
@@ -106,11 +104,6 @@ class DirtySet(Mapping[int, DirtyBitmap]):
         """
         current = 0 if self._c_set is None else lib.kvr_set_strays(self._c_set)
         return self._strays + current
-
-    @property
-    def fresh(self) -> int:
-        """Entries harvested whose page was not dirty here before; the others were duplicates."""
-        return self._fresh + (0 if self._c_set is None else lib.kvr_set_fresh(self._c_set))
 
     def _sync(self) -> Set:
         """Take in the VM's slots as they are now. Called with the lock held."""
@@ -136,26 +129,28 @@ class DirtySet(Mapping[int, DirtyBitmap]):
     def _rebuild(self) -> None:
         place = out("struct kvr_set *")
         check("set", lib.kvr_set_new(len(self._bitmaps), place))
-        fresh: Set = owner(place, lib.kvr_set_free)
+        new: Set = owner(place, lib.kvr_set_free)
         for number in sorted(self._bitmaps):
-            check("set", lib.kvr_set_put(fresh, number, self._bitmaps[number].handle))
+            check("set", lib.kvr_set_put(new, number, self._bitmaps[number].handle))
         if self._c_set is not None:
             self._strays += lib.kvr_set_strays(self._c_set)
-            self._fresh += lib.kvr_set_fresh(self._c_set)
-        self._c_set = fresh
+        self._c_set = new
 
     def c_set(self) -> Set:
         """Return the C set, with the VM's slots as they are now, for who writes to it in C."""
         with self._lock:
             return self._sync()
 
-    def _fill(self, source: Source, limit: int | None) -> int:
-        """Let a harvest write into the set; returns the entries taken."""
+    def _fill(self, function: Harvest[H], source: Owned[H], most: int) -> int:
         with self._lock:
-            n, error = source(ffi.NULL, self._sync(), 1 << 40 if limit is None else limit)
-        if error:
-            raise error
-        return n
+            c_set = self._c_set
+            if c_set is None or self._vm.slots_version != self._seen:
+                c_set = self._sync()
+            n = function(source.handle, ffi.NULL, c_set, most, self._fault)
+            if n >= 0:
+                return n
+            error = failed(n, self._fault)[1]
+        raise error
 
     def __getitem__(self, slot: int) -> DirtyBitmap:
         if slot not in self._bitmaps:
@@ -250,7 +245,7 @@ class DirtySet(Mapping[int, DirtyBitmap]):
         with self._lock:
             self._slots.clear()
             self._bitmaps.clear()
-            self._strays = self._fresh = 0
+            self._strays = 0
             self._c_set = None
             self._seen = -1
 
@@ -269,7 +264,7 @@ class DirtySet(Mapping[int, DirtyBitmap]):
             twin._bitmaps[number] = DirtyBitmap(len(bitmap), lock=twin._lock)
             twin._bitmaps[number] |= bitmap
         twin._strays = self.strays
-        twin._fresh = self.fresh
+        twin._fault = new_fault()
         if bitmaps:
             twin._rebuild()
         return twin

@@ -32,8 +32,7 @@ class Pending:
 
     Args:
         vm: The VM.
-        rings: Whether pages come from rings; then they are counted as they come, since
-            counting a set reads a bit of every page that there is.
+        rings: Whether pages come from rings.
 
     Threads: any; inside own(), and everything that needs it says so, one at a time.
 
@@ -55,8 +54,8 @@ class Pending:
         self._lock = threading.RLock()
         self._owners = 0  # how deep in own()
         self.counts = TrackerStats()
-        self._fresh = 0  # of the set, as far as it was counted
-        self._num_pages = 0  # in the set, where they come from rings
+        self._entries = 0  # that went into the set
+        self._beside = 0  # pages in it that no entry had brought
 
     @contextmanager
     def own(self) -> Iterator[None]:
@@ -83,17 +82,9 @@ class Pending:
         stats.full_ns += served.full_ns
         stats.resets += served.resets
         stats.short_resets += served.short_resets
-        self._count(served.entries)
+        self._entries += served.entries
         if served.suspects or served.unknown:
             self._suspect(self._vm._suspects(served.suspects, served.unknown))
-
-    def _count(self, entries: int) -> None:
-        """Count entries that went into the set since the last time."""
-        fresh = self.dirty.fresh - self._fresh
-        self._fresh += fresh
-        self._num_pages += fresh
-        self.counts.entries += entries
-        self.counts.duplicates += entries - fresh
 
     def _suspect(self, pages: DirtySet) -> None:
         self.counts.suspects += pages.count()
@@ -101,7 +92,7 @@ class Pending:
 
     def harvest(self, rings: DirtyRing | VM) -> None:
         """Harvest one ring, or all of the VM's. Needs own()."""
-        self._count(rings.harvest(self.dirty))
+        self._entries += rings.harvest(self.dirty)
 
     def reset(self) -> None:
         """Reset the VM's rings. Needs own()."""
@@ -131,7 +122,7 @@ class Pending:
         if self._rings:
             only_here = (bitmap - self.dirty[slot]).count()
             self.counts.backup_pages += only_here
-            self._num_pages += only_here
+            self._beside += only_here
         self.dirty.add(slot, bitmap)
 
     def mark(self, slot: int, first: int, num_pages: int) -> None:
@@ -139,13 +130,14 @@ class Pending:
         bitmap = self.dirty[slot]
         if self._rings:
             old = sum(page in bitmap for page in range(first, first + num_pages))
-            self._num_pages += num_pages - old
+            self._beside += num_pages - old
         bitmap.set(first, num_pages=num_pages)
 
     def follow_slots(self) -> None:
         """Keep the pages of those slots that still exist, where they are now. Needs own()."""
-        self._renew(self._followed(self.dirty))
-        self._num_pages = sum(bitmap.count() for bitmap in self.dirty.values())
+        self._close_count()
+        self.dirty = self._followed(self.dirty)
+        self._beside = self._num_pages()
         self.suspects = self._followed(self.suspects)
 
     def _followed(self, old: DirtySet) -> DirtySet:
@@ -156,24 +148,30 @@ class Pending:
                 new.add(number, bitmap)
         return new
 
-    def _renew(self, dirty: DirtySet) -> None:
-        self.dirty = dirty
-        self._fresh = dirty.fresh
-        self._num_pages = 0
+    def _num_pages(self) -> int:
+        return sum(bitmap.count() for bitmap in self.dirty.values())
+
+    def _close_count(self) -> int:
+        """Count what went into the set; what goes into the next one is counted anew."""
+        pages = self._num_pages()
+        self.counts.entries += self._entries
+        if self._rings:
+            self.counts.duplicates += self._entries - (pages - self._beside)
+        self._entries = self._beside = 0
+        return pages
 
     def forget(self) -> None:
         """Drop the pages. Needs own()."""
-        self._renew(DirtySet(self._vm))
+        self._close_count()
+        self.dirty = DirtySet(self._vm)
 
     def hand_over(self) -> DirtySet:
         """Return the pages and the suspects, and begin anew. Needs own()."""
         taken = self.dirty
-        taken |= self.suspects
         self.counts.collections += 1
-        self.counts.pages += (
-            self._num_pages if self._rings else sum(bitmap.count() for bitmap in taken.values())
-        )
-        self.forget()
+        self.counts.pages += self._close_count()
+        self.dirty = DirtySet(self._vm)
+        taken |= self.suspects
         return taken
 
     def note_high_water(self, *, clear: bool = False) -> None:
@@ -189,4 +187,10 @@ class Pending:
         """The counts at this moment; a copy."""
         with self.own():
             self.note_high_water()
-            return replace(self.counts, high_water=dict(self.counts.high_water))
+            new = self._entries - (self._num_pages() - self._beside) if self._rings else 0
+            return replace(
+                self.counts,
+                entries=self.counts.entries + self._entries,
+                duplicates=self.counts.duplicates + new,
+                high_water=dict(self.counts.high_water),
+            )

@@ -7,31 +7,23 @@ up, and KVM_RUN ends with KVM_EXIT_DIRTY_RING_FULL. The loop itself is csrc/ring
 
 from __future__ import annotations
 
-import errno
 import operator
 import threading
-from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from kvmring.abi import check, ffi, lib, uninitialised
 from kvmring.bitmap import Buffer
-from kvmring.errors import RingError, int_between
+from kvmring.errors import int_between
 from kvmring.owned import Owned
+from kvmring.target import failed, harvest, new_fault
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
-    from kvmring._kvm import Fault, Gfns, Ring, Set
-    from kvmring.dirtyset import Source
+    from kvmring._kvm import Gfns, Ring
+    from kvmring.target import H, Harvest, Target
 
 __all__ = ["DirtyGfn", "DirtyGfns", "DirtyRing"]
-
-_STATES = {0: "free", 1: "DIRTY", 2: "RESET", 3: "DIRTY|RESET"}
-
-
-class Target(Protocol):
-    """What a harvest goes into: DirtyGfns or a DirtySet."""
-
-    def _fill(self, source: Source, limit: int | None) -> int: ...
 
 
 class DirtyGfn(NamedTuple):
@@ -55,12 +47,13 @@ class DirtyGfns(Buffer):
         One operation at a time; others wait.
     """
 
-    __slots__ = ("__weakref__", "_buf", "_lock", "_used", "capacity")
+    __slots__ = ("__weakref__", "_buf", "_fault", "_lock", "_used", "capacity")
 
     def __init__(self, capacity: int) -> None:
         self.capacity = int_between("capacity", capacity, 1, 1 << 32)
         self._buf: Gfns = uninitialised("struct kvr_gfn[]", self.capacity)
         self._lock = threading.Lock()
+        self._fault = new_fault()
         self._used = 0
 
     def __buffer__(self, flags: int, /) -> memoryview:
@@ -90,54 +83,20 @@ class DirtyGfns(Buffer):
         with self._lock:
             self._used = 0
 
-    def _fill(self, source: Source, limit: int | None) -> int:
+    def _fill(self, function: Harvest[H], source: Owned[H], most: int) -> int:
         with self._lock:
             room = self.capacity - self._used
             if not room:
                 raise ValueError("DirtyGfns is full; clear() it before the next harvest")
-            most = room if limit is None else min(limit, room)
-            n, error = source(self._buf + self._used, ffi.NULL, most)
-            self._used += n
-        if error:
-            raise error
-        return n
-
-
-def harvest(
-    into: Target,
-    limit: int | None,
-    function: Callable[[Gfns, Set, int, Fault], int],
-) -> int:
-    """Harvest into a target through one of C's two harvest functions; returns entries."""
-    if limit is not None:
-        limit = int_between("limit", limit, 0, 1 << 40)
-    if not hasattr(into, "_fill"):
-        raise TypeError(f"harvest into DirtyGfns or a DirtySet, not {type(into).__name__}")
-
-    def source(gfns: Gfns, c_set: Set, most: int) -> tuple[int, RingError | None]:
-        fault = ffi.new("struct kvr_fault *")
-        n = function(gfns, c_set, most, fault)
-        if n >= 0:
-            return n, None
-        if n != -errno.EPROTO:
-            return check("harvest", n), None
-        return int(fault.taken), _ring_error(fault)
-
-    return into._fill(source, limit)
-
-
-def _ring_error(fault: Fault) -> RingError:
-    state = _STATES.get(fault.flags, f"flags {fault.flags:#x}")
-    return RingError(
-        f"dirty ring of vCPU {fault.vcpu}: entry {fault.index} is {state}, where only free or "
-        "DIRTY can stand; somebody else harvested it, or memory was overwritten",
-        vcpu=fault.vcpu,
-        index=fault.index,
-        flags=fault.flags,
-        slot=fault.slot,
-        offset=fault.offset,
-        harvested=fault.taken,
-    )
+            n = function(
+                source.handle, self._buf + self._used, ffi.NULL, min(most, room), self._fault
+            )
+            if n >= 0:
+                self._used += n
+                return n
+            taken, error = failed(n, self._fault)
+            self._used += taken
+        raise error
 
 
 class DirtyRing(Owned["Ring"]):
@@ -171,13 +130,7 @@ class DirtyRing(Owned["Ring"]):
             StateError: Another thread harvests this ring.
             ValueError: DirtyGfns has no room left.
         """
-        return harvest(
-            into,
-            limit,
-            lambda gfns, c_set, most, fault: lib.kvr_ring_harvest(
-                self.handle, gfns, c_set, most, fault
-            ),
-        )
+        return harvest(into, limit, lib.kvr_ring_harvest, self)
 
     def fill(self) -> int:
         """Count the entries that are dirty now and not harvested; takes none."""

@@ -91,7 +91,7 @@ static void look(const struct pair *pair, uint64_t *random)
 	SAME(kvr_bitmap_count(pair->bm), count);
 	SAME(kvr_bitmap_pages_total(pair->bm), pair->size);
 	look_at_words(pair);
-	look_at_numbers(pair, 1 + below(random, 80));
+	look_at_numbers(pair, 1 + below(random, 400));
 	look_at_runs(pair, 1 + below(random, 20));
 }
 
@@ -226,7 +226,9 @@ int main(int argc, char **argv)
 
 	SAME(kvr_bitmap_new((UINT64_C(1) << 40) + 1, &bm), -EINVAL);
 	CHECK(!bm);
-	test_bitmaps(&random);
-	test_set(&random);
+	for (kvr_paths = KVR_PATHS_BEST; kvr_paths <= KVR_PATHS_ONE_BY_ONE; kvr_paths++) {
+		test_bitmaps(&random);
+		test_set(&random);
+	}
 	return 0;
 }

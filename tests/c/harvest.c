@@ -131,6 +131,61 @@ static void test_into_a_set(uint64_t *random)
 	kvr_ring_put(ring);
 }
 
+/* Runs of entries of a few slots, some of them unknown, pages anywhere and beyond:
+ * every path must do what one mark after the other does. */
+static void test_slots_and_strays(uint64_t *random)
+{
+	struct kvr_bitmap *bms[3], *want[3];
+	struct kvr_ring *ring = new_ring();
+	struct kvr_set *set;
+	struct kvr_fault fault;
+	uint64_t strays = 0;
+
+	SAME(kvr_set_new(3, &set), 0);
+	for (uint32_t i = 0; i < 3; i++) {
+		SAME(kvr_bitmap_new(500, &bms[i]), 0);
+		SAME(kvr_bitmap_new(500, &want[i]), 0);
+		SAME(kvr_set_put(set, 2 * i, bms[i]), 0);
+	}
+	for (uint32_t round = 0; round < 2000; round++) {
+		uint32_t there = 0, slot = 0;
+
+		while (there < SOFT - 1) {
+			uint64_t page = below(random, below(random, 30) ? 500 : 600);
+
+			if (!below(random, 12))
+				slot = below(random, 6);
+			there += (uint32_t)kvr_synthetic_push(ring, slot, page, 1);
+			if (slot % 2 || page >= 500)
+				strays++;
+			else
+				SAME(kvr_bitmap_set_range(want[slot / 2], page, 1, 1), 0);
+		}
+		while (there) {
+			uint32_t max = 1 + below(random, SOFT);
+			uint32_t now = max < there ? max : there;
+
+			SAME(kvr_ring_harvest(ring, NULL, set, max, &fault), now);
+			there -= now;
+		}
+		SAME(kvr_synthetic_reset(ring), SOFT - 1);
+		SAME(kvr_set_strays(set), strays);
+		for (uint32_t i = 0; i < 3; i++) {
+			CHECK(kvr_bitmap_equal(bms[i], want[i]));
+			if (below(random, 4) == 0) {
+				SAME(kvr_bitmap_set_range(bms[i], 0, 500, 0), 0);
+				SAME(kvr_bitmap_set_range(want[i], 0, 500, 0), 0);
+			}
+		}
+	}
+	for (uint32_t i = 0; i < 3; i++) {
+		kvr_bitmap_free(bms[i]);
+		kvr_bitmap_free(want[i]);
+	}
+	kvr_set_free(set);
+	kvr_ring_put(ring);
+}
+
 static void test_illegal(uint32_t flags)
 {
 	for (uint32_t at = 0; at < 20; at++) {
@@ -160,17 +215,20 @@ static void test_illegal(uint32_t flags)
 
 static void test_taken_before_a_fault(void)
 {
-	struct kvr_ring *ring = new_ring();
-	struct kvr_gfn gfns[SOFT] = { { 0 } };
-	struct kvr_fault fault;
+	for (uint32_t at = 0; at < 20; at++) {
+		struct kvr_ring *ring = new_ring();
+		struct kvr_gfn gfns[SOFT] = { { 0 } };
+		struct kvr_fault fault;
 
-	SAME(kvr_synthetic_push(ring, 3, 100, 20), 20);
-	SAME(kvr_synthetic_poke(ring, 12, 3), 0);
-	SAME(kvr_ring_harvest(ring, gfns, NULL, SOFT, &fault), -EPROTO);
-	SAME(fault.taken, 12);
-	for (uint32_t i = 0; i < 12; i++)
-		SAME(gfns[i].offset, 100 + i);
-	kvr_ring_put(ring);
+		SAME(kvr_synthetic_push(ring, 3, 100, 20), 20);
+		SAME(kvr_synthetic_poke(ring, at, 3), 0);
+		SAME(kvr_ring_harvest(ring, gfns, NULL, SOFT, &fault), -EPROTO);
+		SAME(fault.taken, at);
+		for (uint32_t i = 0; i < at; i++)
+			SAME(gfns[i].offset, 100 + i);
+		SAME(gfns[at].offset, 0);
+		kvr_ring_put(ring);
+	}
 }
 
 static void test_reset_ends_only_when_all_is_ours(void)
@@ -235,16 +293,19 @@ int main(int argc, char **argv)
 {
 	uint64_t random = seed_from(argc, argv);
 
-	test_against_a_queue(&random);
-	test_counters_wrap(&random);
-	test_into_a_set(&random);
-	test_illegal(KVM_DIRTY_GFN_F_RESET);
-	test_illegal(KVM_DIRTY_GFN_F_DIRTY | KVM_DIRTY_GFN_F_RESET);
-	test_illegal(4);
-	test_illegal(UINT32_MAX);
-	test_taken_before_a_fault();
-	test_reset_ends_only_when_all_is_ours();
-	test_in_use();
-	test_refusals();
+	for (kvr_paths = KVR_PATHS_BEST; kvr_paths <= KVR_PATHS_ONE_BY_ONE; kvr_paths++) {
+		test_against_a_queue(&random);
+		test_counters_wrap(&random);
+		test_into_a_set(&random);
+		test_slots_and_strays(&random);
+		test_illegal(KVM_DIRTY_GFN_F_RESET);
+		test_illegal(KVM_DIRTY_GFN_F_DIRTY | KVM_DIRTY_GFN_F_RESET);
+		test_illegal(4);
+		test_illegal(UINT32_MAX);
+		test_taken_before_a_fault();
+		test_reset_ends_only_when_all_is_ours();
+		test_in_use();
+		test_refusals();
+	}
 	return 0;
 }

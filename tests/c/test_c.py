@@ -26,7 +26,8 @@ CC = os.environ.get("CC", "gcc")
 SKIPPED = 77
 SECONDS = 60
 
-FLAGS = ["-std=gnu11", "-g", "-O1", "-pthread", "-fno-omit-frame-pointer"]
+# small chunks, so that small bitmaps have many of them
+FLAGS = ["-std=gnu11", "-g", "-O1", "-pthread", "-fno-omit-frame-pointer", "-DKVR_CHUNK_WORDS=2"]
 STRICT = ["-Wall", "-Wextra", "-Wconversion", "-Werror"]
 SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],

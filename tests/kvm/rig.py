@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from kvmring import DirtyRing
-    from kvmring.ring import Target
+    from kvmring.target import Target
 
 PAGE = page_size()
 ENTRY_BYTES = 16

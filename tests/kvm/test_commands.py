@@ -28,7 +28,7 @@ from kvmring import (
 from tests.gates import needs_kvm
 
 if TYPE_CHECKING:
-    from kvmring.ring import Target
+    from kvmring.target import Target
 
 pytestmark = needs_kvm()
 

@@ -111,7 +111,7 @@ def test_without_a_set_nothing_is_served(kvm: System, facts: RingFacts) -> None:
         assert rig.guest.is_done(server.run(rig.guest.vcpus[0]))
         served = server.take_back()
         assert served.fulls >= 1
-        assert served.entries >= dirty.fresh > 0
+        assert served.entries >= dirty.count() > 0
         rig.vm.harvest(dirty)
         assert_exact(range(2 * facts.smallest), list(dirty[rig.ram.slot]))
         assert server.take_back().fulls == 0

@@ -27,6 +27,7 @@ ORDER = [
     {"ioctls"},
     {"owned"},
     {"bitmap"},
+    {"target"},
     {"dirtyset"},
     {"memory"},
     {"ring"},
@@ -59,7 +60,7 @@ ORDER = [
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 
 # Storeys that may speak to C; above them, only what is named here, and why.
-C_STOREYS = {"abi", "ioctls", "bitmap", "dirtyset", "memory", "ring", "serving"}
+C_STOREYS = {"abi", "ioctls", "bitmap", "target", "dirtyset", "memory", "ring", "serving"}
 C_ABOVE = {
     "vcpu": {"ffi", "lib"},  # the ring's owner, kick and respond: no ioctls, so not in ioctls.py
     "dirtylog": {"ffi", "lib"},  # the harvest of all rings
