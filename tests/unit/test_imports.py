@@ -23,6 +23,7 @@ PACKAGE = Path(kvmring.__file__).parent
 # Each line may import the lines above it. What shares a line may not import each other.
 ORDER = [
     {"errors"},
+    {"extras"},
     {"abi"},
     {"ioctls"},
     {"owned"},
@@ -51,9 +52,16 @@ ORDER = [
     {"facts"},
     {"caps"},
     {"demo"},
+    {"figures"},
+    {"host.recording"},
+    {"host.tracked", "host.traces"},
+    {"host.analysis", "host.forecast"},
+    {"host.report"},
+    {"host.figures"},
+    {"host"},
     {"commands"},
     {"commands.output"},
-    {"commands.caps", "commands.demo"},
+    {"commands.caps", "commands.demo", "commands.plot"},
     {"cli"},
     {"__main__"},
 ]

@@ -1,0 +1,1 @@
+"""VMs seen from outside: recordings of their dirty-ring events, and what follows from them."""
