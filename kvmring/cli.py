@@ -24,6 +24,7 @@ __all__ = ["main"]
 COMMANDS = {
     "caps": "what this host's KVM offers for dirty logging",
     "demo": "the main job: run a guest, read its dirty rings, compare with the truth",
+    "plot": "what a recording of dirty-ring events tells, with a migration forecast",
 }
 
 

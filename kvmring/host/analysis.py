@@ -92,6 +92,11 @@ def _edges(trace: Trace, bins: int) -> Floats:
     return np.linspace(0.0, trace.seconds, bins + 1)
 
 
+def _stretch(trace: Trace, time_ns: Ints, bins: int) -> Ints:
+    """Tell which of the equal stretches a time lies in, in integers: no edge moves by rounding."""
+    return np.minimum(time_ns * bins // trace.length_ns, bins - 1)
+
+
 def dirty_rate(trace: Trace, bins: int) -> tuple[Floats, Floats]:
     """Return the edges of equal stretches of time, in seconds, and the pushes per second in each.
 
@@ -99,9 +104,11 @@ def dirty_rate(trace: Trace, bins: int) -> tuple[Floats, Floats]:
     """
     edges = _edges(trace, bins)
     if trace.exact_times:
-        total = np.histogram(trace.uncounted_ns / NS, edges)[0] * float(trace.sampling)
+        places = _stretch(trace, trace.uncounted_ns, bins)
+        total = np.bincount(places, minlength=bins) * float(trace.sampling)
         for ring in trace.rings:
-            total += np.histogram(ring.time_ns / NS, edges, weights=ring.pushed)[0]
+            places = _stretch(trace, ring.time_ns, bins)
+            total += np.bincount(places, weights=ring.pushed, minlength=bins)
     else:
         ends, firsts = np.unique(trace.time_ns, return_index=True)
         after = np.append(firsts[1:], len(trace.time_ns))
@@ -117,12 +124,12 @@ def ring_fill(trace: Trace, bins: int) -> list[Fill]:
     found = []
     for ring in trace.rings:
         known = ring.fill >= 0
-        fill, time = ring.fill[known].astype(float), ring.time_ns[known] / NS
-        place = np.clip(np.searchsorted(edges, time, "right") - 1, 0, bins - 1)
+        fill, time = ring.fill[known].astype(float), ring.time_ns[known]
+        place = _stretch(trace, time, bins)
         most = np.full(bins, -1.0)
         np.maximum.at(most, place, fill)
         # what was in the ring at the beginning of a stretch is in it too
-        before = np.searchsorted(time, edges[:-1], "left") - 1
+        before = np.searchsorted(place, np.arange(bins), "left") - 1
         if len(fill):
             entering = np.where(before >= 0, fill[np.maximum(before, 0)], -1.0)
             most = np.maximum(most, entering)
@@ -132,16 +139,25 @@ def ring_fill(trace: Trace, bins: int) -> list[Fill]:
 
 
 def heat_map(trace: Trace, slot: int, *, columns: int, rows: int) -> HeatMap:
-    """Count the pushes of a slot by time and page, in at most rows x columns cells."""
+    """Count the pushes of a slot by time and page, in at most rows x columns cells.
+
+    Of a Tracker's recording a column is a collection, as long as there are not more of them.
+    """
     about = next(s for s in trace.slots if s.slot == slot)
     step = -(-(about.last + 1 - about.first) // rows)
     pages = np.arange(about.first, about.last + 1 + step, step)
     seconds = _edges(trace, columns)
     here = trace.slot == slot
+    column = _stretch(trace, trace.time_ns[here], columns)
+    if not trace.exact_times:
+        ends = np.array([0, trace.length_ns], np.int64)
+        edges = np.unique(np.concatenate([ends, trace.since_ns, trace.time_ns]))
+        if len(edges) <= columns:
+            column = np.searchsorted(edges, trace.time_ns[here], "left") - 1
+            seconds, columns = edges / NS, len(edges) - 1
     # counted by page and time as integers: page numbers need not fit a float
     row = (trace.page[here] - about.first) // step
-    column = np.searchsorted(seconds, trace.time_ns[here] / NS, "right") - 1
-    cells = row * columns + np.clip(column, 0, columns - 1)
+    cells = row * columns + column
     counts = np.bincount(cells, minlength=(len(pages) - 1) * columns)
     return HeatMap(
         slot=slot,

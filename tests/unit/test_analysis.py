@@ -20,6 +20,11 @@ EVENTS = st.lists(
 Events = list[tuple[int, int, int]]
 
 
+def place(time: int, bins: int) -> int:
+    """Tell which of the equal stretches of a recording a time lies in."""
+    return next(i for i in range(bins) if i * LENGTH <= time * bins < (i + 1) * LENGTH)
+
+
 @settings(max_examples=60)
 @given(EVENTS)
 def test_pages_and_their_predecessors(events: Events) -> None:
@@ -81,9 +86,9 @@ def test_rate_and_heat(events: Events, bins: int, sampling: int) -> None:
     edges, rate = analysis.dirty_rate(trace, bins)
     assert len(edges) == bins + 1
     assert edges[-1] == LENGTH / 1e9
-    for low, high, found in zip(edges, edges[1:], rate, strict=False):
-        number = sum(low <= time / 1e9 < high for time, _, _ in events)
-        assert math.isclose(found * (high - low), sampling * number, abs_tol=1e-6)
+    for i, found in enumerate(rate):
+        number = sum(place(time, bins) == i for time, _, _ in events)
+        assert math.isclose(found * (edges[i + 1] - edges[i]), sampling * number, abs_tol=1e-6)
     for slot in trace.slots:
         heat = analysis.heat_map(trace, slot.slot, columns=bins, rows=4)
         assert heat.pages[0] == slot.first
@@ -94,7 +99,7 @@ def test_rate_and_heat(events: Events, bins: int, sampling: int) -> None:
                 number = sum(
                     number == slot.slot
                     and heat.pages[row] <= page < heat.pages[row + 1]
-                    and edges[column] <= time / 1e9 < edges[column + 1]
+                    and place(time, bins) == column
                     for time, number, page in events
                 )
                 assert heat.pushes[row, column] == sampling * number
@@ -142,17 +147,17 @@ def test_counters_count_what_rows_leave_out(
     assert trace.pushes == sum(number for _, _, number in truth)
     assert trace.unrecorded == trace.pushes - sum(row["event"] == "push" for row in rows)
     edges, rate = analysis.dirty_rate(trace, bins)
-    for low, high, found in zip(edges, edges[1:], rate, strict=False):
-        number = sum(n for time, _, n in truth if low <= time / 1e9 < high)
-        assert math.isclose(found * (high - low), number, abs_tol=1e-6)
+    for i, found in enumerate(rate):
+        number = sum(n for time, _, n in truth if place(time, bins) == i)
+        assert math.isclose(found * (edges[i + 1] - edges[i]), number, abs_tol=1e-6)
     assert [(f.pid, f.vcpu) for f in analysis.ring_fill(trace, bins)] == [
         (3, vcpu) for vcpu in range(2) if seen[vcpu]
     ]
     for fill in analysis.ring_fill(trace, bins):
-        own = [(time / 1e9, n) for time, vcpu, n in fills if vcpu == fill.vcpu]
-        for low, high, most in zip(edges, edges[1:], fill.most, strict=False):
-            there = [n for time, n in own if low <= time < high]
-            there += [n for time, n in own if time < low][-1:]
+        own = [(place(time, bins), n) for time, vcpu, n in fills if vcpu == fill.vcpu]
+        for i, most in enumerate(fill.most):
+            there = [n for where, n in own if where == i]
+            there += [n for where, n in own if where < i][-1:]
             assert math.isnan(most) if not there else most == max(there)
 
 
@@ -187,6 +192,10 @@ def test_a_trackers_pages_are_spread_over_their_collection() -> None:
     assert trace.resolution_ns == 20 * MS
     _, rate = analysis.dirty_rate(trace, 4)
     assert rate.tolist() == pytest.approx([200, 0, 50, 50])
+    heat = analysis.heat_map(trace, 0, columns=4, rows=2)
+    assert heat.seconds.tolist() == [0, 0.010, 0.020, 0.040]
+    assert heat.pushes.tolist() == [[1, 0, 1], [1, 0, 0]]
+    assert analysis.heat_map(trace, 0, columns=2, rows=2).pushes.tolist() == [[1, 1], [1, 0]]
     with pytest.raises(ValueError, match=r"longest took 0\.020 s"):
         analysis.working_set(trace, [0.010])
     (found,) = analysis.working_set(trace, [0.040])
