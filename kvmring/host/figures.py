@@ -176,7 +176,7 @@ def _working_set(panel: Axes, trace: Trace, sets: Sequence[WorkingSet]) -> None:
     )
     mib.set_ylabel("MiB")
     log_ticks(mib.yaxis)
-    panel.legend(loc="lower right")
+    panel.legend(loc="best")
 
 
 def _forecast(panel: Axes, report: Report) -> None:

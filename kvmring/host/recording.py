@@ -110,8 +110,6 @@ class Recorder:
             "sampling": sampling,
             "page_size": PAGE_SIZE,
             "ring_entries": ring_entries,
-            "begin_ns": time.monotonic_ns() if begin_ns is None else begin_ns,
-            "unix_time_s": time.time(),
             "host": host_facts(),
         }
         with extra("trace"):
@@ -125,6 +123,9 @@ class Recorder:
             )
         except OSError as error:
             raise KvmringError(f"{path} cannot be written: {error.strerror or error}") from error
+        # last: what came before this may have taken a second, which is nobody's dirty rate
+        self._about["begin_ns"] = time.monotonic_ns() if begin_ns is None else begin_ns
+        self._about["unix_time_s"] = time.time()
 
     def __enter__(self) -> Self:
         return self
@@ -173,6 +174,8 @@ class Recorder:
                     arrays.append(_event_codes(value, first, number))
                 elif value is None:
                     arrays.append(pa.nulls(number, field.type))
+                elif isinstance(value, memoryview) and value.format in ("Q", "q"):
+                    arrays.append(_from_words(value[first : first + number]))
                 elif isinstance(value, int):
                     arrays.append(pa.repeat(pa.scalar(value, field.type), number))
                 else:
@@ -235,20 +238,29 @@ def _length(columns: Mapping[str, Column]) -> int:
     return next(iter(lengths.values()), 1)
 
 
+def _from_words(values: memoryview) -> pa.Array[pa.Scalar[pa.DataType]]:
+    """Take 64-bit integers over without a Python object for each."""
+    import pyarrow as pa
+
+    kind = pa.uint64() if values.format == "Q" else pa.int64()
+    words = pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])
+    return words.cast(pa.int64())  # refused where one has more than 63 bits
+
+
 def _event_codes(value: Column, first: int, number: int) -> pa.Array[pa.Scalar[pa.DataType]]:
     import pyarrow as pa
 
-    words = [value] * number if isinstance(value, str) else value
-    if words is None or isinstance(words, int):
+    if value is None or isinstance(value, int):
         raise ValueError("column event holds words")
-    if not isinstance(value, str):
-        words = words[first : first + number]
-    try:
-        codes = [EVENTS.index(str(word)) for word in words]
-    except ValueError:
-        bad = next(word for word in words if word not in EVENTS)
-        raise ValueError(f"event must be one of {', '.join(EVENTS)}, not {bad!r}") from None
-    return pa.DictionaryArray.from_arrays(pa.array(codes, pa.int8()), pa.array(EVENTS))
+    words = [value] if isinstance(value, str) else value[first : first + number]
+    for word in words:
+        if word not in EVENTS:
+            raise ValueError(f"event must be one of {', '.join(EVENTS)}, not {word!r}")
+    if isinstance(value, str):
+        codes = pa.repeat(pa.scalar(EVENTS.index(value), pa.int8()), number)
+    else:
+        codes = pa.array([EVENTS.index(str(word)) for word in words], pa.int8())
+    return pa.DictionaryArray.from_arrays(codes, pa.array(EVENTS))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -63,7 +63,7 @@ class Report:
             found.append(
                 "By a Tracker: pages carry the time of their collection, at most "
                 f"{time_words(trace.resolution_ns / traces.NS)} after the write, and count "
-                "once in each."
+                "once in each; the forecast counts a collection whole in every round it meets."
             )
         if trace.sampling > 1:
             found.append(

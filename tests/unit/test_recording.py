@@ -122,6 +122,7 @@ def test_many_single_rows_keep_their_order(tmp_path: Path) -> None:
         ({"time_ns": [1], "event": "push", "pid": [1 << 31]}, "column pid"),
         ({"time_ns": [1], "event": "push", "page": 1 << 63}, "column page"),
         ({"time_ns": [1], "event": "push", "page": ["x"]}, "column page"),
+        ({"time_ns": [1], "event": "push", "page": memoryview(array("Q", [1 << 63]))}, "page"),
         ({"time_ns": [None], "event": "push"}, "time_ns must be given in every row"),
     ],
 )
