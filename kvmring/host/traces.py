@@ -253,10 +253,15 @@ def _rings(columns: Mapping[str, Ints], sampling: int) -> tuple[Ring, ...]:
     """Follow each vCPU's counters."""
     dirty, reset = columns["dirty_index"], columns["reset_index"]
     known = (dirty != _UNKNOWN) & (columns["event"] != _EXIT)
-    whose = np.stack([columns["pid"][known], columns["vcpu"][known]])
+    pid, vcpu = (
+        np.where(columns[name] == _UNKNOWN, -1, columns[name])[known] for name in ("pid", "vcpu")
+    )
+    whose = (pid << 32) + vcpu  # both are 32 bits wide
+    rows = np.flatnonzero(known)
     found = []
-    for pid, vcpu in np.unique(whose, axis=1).T:
-        here = np.flatnonzero(known)[(whose[0] == pid) & (whose[1] == vcpu)]
+    for one in np.unique(whose):
+        first = int(np.argmax(whose == one))
+        here = rows[whose == one]
         # The first row counts for itself. A counter that goes back is another ring's (two VMs
         # in one process look alike): such a row counts for itself too.
         itself = np.where(columns["event"][here] == _PUSH, sampling, 0)
@@ -265,8 +270,8 @@ def _rings(columns: Mapping[str, Ints], sampling: int) -> tuple[Ring, ...]:
         pushed[1:] = np.where(step < _COUNTER // 2, step, itself[1:])
         found.append(
             Ring(
-                pid=-1 if pid == _UNKNOWN else int(pid),
-                vcpu=-1 if vcpu == _UNKNOWN else int(vcpu),
+                pid=int(pid[first]),
+                vcpu=int(vcpu[first]),
                 time_ns=columns["time_ns"][here],
                 fill=np.where(reset[here] == _UNKNOWN, -1, (dirty[here] - reset[here]) % _COUNTER),
                 pushed=pushed,
