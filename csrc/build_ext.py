@@ -17,7 +17,19 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path(__file__).resolve().parent
-C_SOURCES = ("own.c", "vm.c", "ring.c", "lines.c", "synthetic.c", "bitmap.c", "run.c", "serve.c")
+C_SOURCES = (
+    "own.c",
+    "vm.c",
+    "ring.c",
+    "lines.c",
+    "synthetic.c",
+    "bitmap.c",
+    "run.c",
+    "serve.c",
+    "observe.c",
+    "events.c",
+    "proc.c",
+)
 LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
 ARCHES = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "arm64", "arm64": "arm64"}
 

@@ -104,7 +104,7 @@ struct kvr_set {
 };
 
 extern atomic_uint kvr_generation;
-extern atomic_int kvr_live_rings;
+extern atomic_int kvr_live_rings, kvr_live_fds, kvr_live_maps;
 
 static inline bool kvr_foreign(unsigned int generation)
 {

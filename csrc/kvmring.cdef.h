@@ -221,6 +221,9 @@ struct kvm_run {
 #define KVR_FROZEN ...
 #define KVR_ATTR_BYTES ...
 #define KVR_SERVER_SUSPECTS ...
+#define KVR_ON_PUSH ...
+#define KVR_ON_RESET ...
+#define KVR_ON_EXIT ...
 
 struct kvr_obj;
 struct kvr_map;
@@ -228,6 +231,8 @@ struct kvr_ring;
 struct kvr_bitmap;
 struct kvr_set;
 struct kvr_server;
+struct kvr_observer;
+struct kvr_events;
 struct kvr_gfn {
 	uint32_t slot;
 	uint32_t vcpu;
@@ -264,6 +269,39 @@ struct kvr_served {
 };
 struct kvr_live {
 	int32_t fds, maps, rings;
+};
+struct kvr_ring_view {
+	uint64_t time_ns;
+	uint32_t write;
+	uint32_t known;
+	uint32_t pushed;
+	uint32_t lapped;
+	uint32_t dirty;
+	uint32_t harvested;
+};
+struct kvr_event_field {
+	uint16_t offset, size;
+};
+struct kvr_tracepoint {
+	uint32_t id;
+	uint32_t kind;
+	uint64_t period;
+	struct kvr_event_field vcpu, dirty, reset, slot, page;
+};
+struct kvr_event {
+	uint64_t time_ns;
+	uint64_t page;
+	uint32_t tid;
+	uint32_t kind;
+	uint32_t vcpu;
+	uint32_t slot;
+	uint32_t dirty_index;
+	uint32_t reset_index;
+};
+struct kvr_kvm_fd {
+	uint32_t number;
+	uint32_t is_vm;
+	uint32_t vcpu;
 };
 struct kvr_guest_block {
 	uint64_t list;
@@ -358,6 +396,20 @@ int kvr_server_lend(struct kvr_server *server, struct kvr_set *set);
 int kvr_server_take_back(struct kvr_server *server, struct kvr_served *out,
 			 struct kvr_gfn *suspects, uint32_t room);
 int kvr_run_serving(struct kvr_obj *vcpu, struct kvr_server *server, struct kvm_run *out);
+
+int kvr_observer_new(uint32_t pid, uint64_t there, uint32_t entries, struct kvr_observer **out);
+void kvr_observer_free(struct kvr_observer *obs);
+long kvr_observer_poll(struct kvr_observer *obs, uint32_t vcpu, struct kvr_gfn *fresh, uint32_t max,
+		       struct kvr_ring_view *view);
+long kvr_kvm_fds(uint32_t pid, struct kvr_kvm_fd *out, uint32_t max);
+int kvr_same_file(uint32_t pid, uint32_t one, uint32_t other);
+
+int kvr_events_new(const struct kvr_tracepoint *points, uint32_t n, struct kvr_events **out);
+void kvr_events_free(struct kvr_events *ev);
+int kvr_events_attach(struct kvr_events *ev, uint32_t tid, uint32_t pages);
+int kvr_events_detach(struct kvr_events *ev, uint32_t tid);
+long kvr_events_read(struct kvr_events *ev, struct kvr_event *out, uint32_t max, uint64_t *lost);
+int kvr_events_wait(struct kvr_events *ev, uint32_t timeout_ms);
 
 extern const unsigned char kvr_guest_code[];
 uint32_t kvr_guest_code_bytes(void);

@@ -22,12 +22,14 @@
 #define KVR_EFROZEN 5005 /* the VM's dirty state was declared final */
 #define KVR_ENORING 5004 /* the vCPU was made without a dirty ring */
 
-struct kvr_obj;	   /* one KVM fd: system, VM, vCPU, device or statistics */
-struct kvr_map;	   /* guest RAM */
-struct kvr_ring;   /* one vCPU's dirty ring, or a synthetic one */
-struct kvr_bitmap; /* one bit per page of a slot */
-struct kvr_set;	   /* slot -> bitmap; borrows the bitmaps */
-struct kvr_server; /* serves full rings */
+struct kvr_obj;	     /* one KVM fd: system, VM, vCPU, device or statistics */
+struct kvr_map;	     /* guest RAM */
+struct kvr_ring;     /* one vCPU's dirty ring, or a synthetic one */
+struct kvr_bitmap;   /* one bit per page of a slot */
+struct kvr_set;	     /* slot -> bitmap; borrows the bitmaps */
+struct kvr_server;   /* serves full rings */
+struct kvr_observer; /* copies of another process's ring; no fd, no mapping */
+struct kvr_events;   /* tracepoint events of another process's threads */
 
 /* One harvested entry.  Sixteen bytes, like the kernel's, with the vCPU that
  * logged it in the place of the flags. */
@@ -254,6 +256,92 @@ int kvr_server_take_back(struct kvr_server *server, struct kvr_served *out,
 			 struct kvr_gfn *suspects, uint32_t room);
 /* kvr_run(), and again after each full ring that could be served whole. */
 int kvr_run_serving(struct kvr_obj *vcpu, struct kvr_server *server, struct kvm_run *out);
+
+/* observe.c: another process's ring ------------------------------------ */
+
+/* What one copy shows, and what was pushed since the copy before it. */
+struct kvr_ring_view {
+	uint64_t time_ns;   /* CLOCK_MONOTONIC, just after the copy */
+	uint32_t write;	    /* the position that KVM writes next */
+	uint32_t known;	    /* 0: all entries are free, or none: nothing tells where that is */
+	uint32_t pushed;    /* entries since the copy before */
+	uint32_t lapped;    /* 1: they may be more */
+	uint32_t dirty;	    /* entries that wait for a harvest */
+	uint32_t harvested; /* entries that wait for a reset */
+};
+
+/* there: the ring's address in that process.  -EINVAL: entries is no power of two. */
+int kvr_observer_new(uint32_t pid, uint64_t there, uint32_t entries, struct kvr_observer **out);
+void kvr_observer_free(struct kvr_observer *obs);
+/*
+ * Copy the ring with process_vm_readv(2), compare, and list at most max of the
+ * entries pushed since, spread evenly when there is no room for all.  Returns how
+ * many were listed.  -ESRCH: no such process.  -EPERM: not ours to read.
+ * -EFAULT: there is no ring any more.  One thread at a time.
+ *
+ * An entry that is pushed again with the same slot and page, between two copies
+ * that both find it free, leaves no trace: pushed is a lower bound then.
+ */
+long kvr_observer_poll(struct kvr_observer *obs, uint32_t vcpu, struct kvr_gfn *fresh, uint32_t max,
+		       struct kvr_ring_view *view);
+
+/* proc.c: another process's descriptors --------------------------------- */
+
+struct kvr_kvm_fd {
+	uint32_t number;
+	uint32_t is_vm;
+	uint32_t vcpu; /* its id, unless it is a VM */
+};
+
+/* List at most max of the process's VM and vCPU descriptors; returns how many there
+ * are.  -ENOENT: no such process.  -EACCES: not ours to look into. */
+long kvr_kvm_fds(uint32_t pid, struct kvr_kvm_fd *out, uint32_t max);
+/* kcmp(2): 1 when two descriptors of a process are one open file, 0 when not. */
+int kvr_same_file(uint32_t pid, uint32_t one, uint32_t other);
+
+/* events.c: tracepoints of another process's threads -------------------- */
+
+enum kvr_event_kind { KVR_ON_PUSH, KVR_ON_RESET, KVR_ON_EXIT, KVR_ON_KINDS };
+
+/* Where a field stands in an event; size 0: the event has none. */
+struct kvr_event_field {
+	uint16_t offset, size;
+};
+
+/* One tracepoint, as its format file in tracefs describes it. */
+struct kvr_tracepoint {
+	uint32_t id;
+	uint32_t kind;
+	uint64_t period; /* one event in so many is recorded */
+	struct kvr_event_field vcpu, dirty, reset, slot, page;
+};
+
+struct kvr_event {
+	uint64_t time_ns; /* CLOCK_MONOTONIC */
+	uint64_t page;
+	uint32_t tid;
+	uint32_t kind;
+	uint32_t vcpu;
+	uint32_t slot;
+	uint32_t dirty_index;
+	uint32_t reset_index;
+};
+
+int kvr_events_new(const struct kvr_tracepoint *points, uint32_t n, struct kvr_events **out);
+void kvr_events_free(struct kvr_events *ev);
+/*
+ * Record a thread's events from now on, into a buffer of that many pages, a power
+ * of two.  -ESRCH: no such thread.  -EACCES, -EPERM: perf_event_open(2) is not
+ * allowed.  -EEXIST: it is recorded already.  -KVR_EINUSE: another thread uses ev.
+ */
+int kvr_events_attach(struct kvr_events *ev, uint32_t tid, uint32_t pages);
+/* Stop recording a thread; its unread events are gone. */
+int kvr_events_detach(struct kvr_events *ev, uint32_t tid);
+/* Take recorded events, thread by thread, at most max; adds to *lost those that
+ * found no room.  Returns how many. */
+long kvr_events_read(struct kvr_events *ev, struct kvr_event *out, uint32_t max, uint64_t *lost);
+/* Wait until a buffer is a quarter full: 1, or 0 when the time is up.  -EINTR. */
+int kvr_events_wait(struct kvr_events *ev, uint32_t timeout_ms);
 
 /* guest_*.S: the built-in guest ---------------------------------------- */
 

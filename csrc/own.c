@@ -2,11 +2,11 @@
 /*
  * Owners: one per fd and one per mapping.
  *
- * close(2) and munmap(2) happen here, when the last reference goes, and nowhere
- * else.  A child keeps its parent: vCPU -> VM -> guest RAM, so any order of
- * dropping is safe.  After fork() the child's copies are foreign: mappings are
- * not there (MADV_DONTFORK), every call answers -KVR_EFORKED, and dropping them
- * closes the inherited fd only.
+ * close(2) and munmap(2) happen here, when the last reference goes; a ring's
+ * mapping goes in ring.c, perf's descriptors and buffers in events.c.  A child keeps its parent:
+ * vCPU -> VM -> guest RAM, so any order of dropping is safe.  After fork() the child's copies are
+ * foreign: mappings are not there (MADV_DONTFORK), every call answers -KVR_EFORKED, and dropping
+ * them closes the inherited fd only.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -20,8 +20,7 @@
 #include "internal.h"
 
 atomic_uint kvr_generation;
-atomic_int kvr_live_rings;
-static atomic_int live_fds, live_maps;
+atomic_int kvr_live_rings, kvr_live_fds, kvr_live_maps;
 
 static void after_fork_in_child(void)
 {
@@ -45,8 +44,8 @@ void kvr_kernel_page_size(uint64_t *out)
 
 void kvr_live(struct kvr_live *out)
 {
-	out->fds = atomic_load(&live_fds);
-	out->maps = atomic_load(&live_maps);
+	out->fds = atomic_load(&kvr_live_fds);
+	out->maps = atomic_load(&kvr_live_maps);
 	out->rings = atomic_load(&kvr_live_rings);
 }
 
@@ -92,7 +91,7 @@ static struct kvr_obj *obj_new(enum kvr_kind kind, struct kvr_obj *parent)
 static void obj_own(struct kvr_obj *obj, int fd)
 {
 	obj->fd = fd;
-	atomic_fetch_add(&live_fds, 1);
+	atomic_fetch_add(&kvr_live_fds, 1);
 }
 
 static void vcpu_unmap(struct kvr_vcpu *vcpu, bool foreign)
@@ -106,7 +105,7 @@ static void vcpu_unmap(struct kvr_vcpu *vcpu, bool foreign)
 	if (vcpu->run && !foreign)
 		munmap(vcpu->run, vcpu->run_bytes);
 	if (vcpu->run)
-		atomic_fetch_sub(&live_maps, 1);
+		atomic_fetch_sub(&kvr_live_maps, 1);
 }
 
 static void vm_drop_rings(struct kvr_vm *vm)
@@ -137,7 +136,7 @@ void kvr_obj_put(struct kvr_obj *obj)
 			vm_drop_rings(kvr_vm(obj));
 		if (obj->fd >= 0) {
 			close(obj->fd);
-			atomic_fetch_sub(&live_fds, 1);
+			atomic_fetch_sub(&kvr_live_fds, 1);
 		}
 		if (obj->kind == KVR_VM) {
 			vm_drop_slots(kvr_vm(obj));
@@ -248,7 +247,7 @@ static int vcpu_map_run(struct kvr_vcpu *vcpu)
 	madvise(addr, bytes, MADV_DONTFORK);
 	vcpu->run = addr;
 	vcpu->run_bytes = bytes;
-	atomic_fetch_add(&live_maps, 1);
+	atomic_fetch_add(&kvr_live_maps, 1);
 	return 0;
 }
 
@@ -376,7 +375,7 @@ int kvr_map_new(uint64_t bytes, struct kvr_map **out)
 	map->generation = atomic_load(&kvr_generation);
 	map->bytes = bytes;
 	map->addr = addr;
-	atomic_fetch_add(&live_maps, 1);
+	atomic_fetch_add(&kvr_live_maps, 1);
 	*out = map;
 	return 0;
 }
@@ -393,7 +392,7 @@ void kvr_map_put(struct kvr_map *map)
 		return;
 	if (!kvr_foreign(map->generation))
 		munmap(map->addr, map->bytes);
-	atomic_fetch_sub(&live_maps, 1);
+	atomic_fetch_sub(&kvr_live_maps, 1);
 	free(map);
 }
 

@@ -2,33 +2,39 @@
 
 System, VM, VCPU and Device are the four kinds of file descriptor of the KVM manual; DirtyRing,
 DirtyBitmap and DirtySet are what dirty logging gives. Names are the kernel's.
+
+A name's module is imported when the name is first used: a short command pays for what it needs.
 """
 
-from kvmring.abi import Cap, DeviceType, Exit, ExitReason, page_size
-from kvmring.bitmap import DirtyBitmap
-from kvmring.device import Device
-from kvmring.dirtylog import ResetResult
-from kvmring.dirtyset import DirtySet, MemorySlot
-from kvmring.errors import (
-    ClosedError,
-    ForkedError,
-    GuestError,
-    KvmError,
-    KvmNotSupported,
-    KvmringError,
-    KvmUnavailable,
-    RingError,
-    StateError,
-)
-from kvmring.memory import GuestMemory
-from kvmring.registers import CpuidEntry, DTable, Regs, Segment, Sregs
-from kvmring.ring import DirtyGfn, DirtyGfns, DirtyRing
-from kvmring.runner import Runner
-from kvmring.sources import Source, TrackerStats
-from kvmring.system import System
-from kvmring.tracker import Tracker
-from kvmring.vcpu import VCPU
-from kvmring.vm import VM
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvmring.abi import Cap, DeviceType, Exit, ExitReason, page_size
+    from kvmring.bitmap import DirtyBitmap
+    from kvmring.device import Device
+    from kvmring.dirtylog import ResetResult
+    from kvmring.dirtyset import DirtySet, MemorySlot
+    from kvmring.errors import (
+        ClosedError,
+        ForkedError,
+        GuestError,
+        KvmError,
+        KvmNotSupported,
+        KvmringError,
+        KvmUnavailable,
+        RingError,
+        StateError,
+    )
+    from kvmring.memory import GuestMemory
+    from kvmring.registers import CpuidEntry, DTable, Regs, Segment, Sregs
+    from kvmring.ring import DirtyGfn, DirtyGfns, DirtyRing
+    from kvmring.runner import Runner
+    from kvmring.sources import Source, TrackerStats
+    from kvmring.system import System
+    from kvmring.tracker import Tracker
+    from kvmring.vcpu import VCPU
+    from kvmring.vm import VM
 
 __version__ = "0.1.0"
 
@@ -70,3 +76,38 @@ __all__ = [
     "__version__",
     "page_size",
 ]
+
+_HOME = {
+    name: module
+    for module, names in {
+        "abi": "Cap DeviceType Exit ExitReason page_size",
+        "bitmap": "DirtyBitmap",
+        "device": "Device",
+        "dirtylog": "ResetResult",
+        "dirtyset": "DirtySet MemorySlot",
+        "errors": "ClosedError ForkedError GuestError KvmError KvmNotSupported KvmUnavailable "
+        "KvmringError RingError StateError",
+        "memory": "GuestMemory",
+        "registers": "CpuidEntry DTable Regs Segment Sregs",
+        "ring": "DirtyGfn DirtyGfns DirtyRing",
+        "runner": "Runner",
+        "sources": "Source TrackerStats",
+        "system": "System",
+        "tracker": "Tracker",
+        "vcpu": "VCPU",
+        "vm": "VM",
+    }.items()
+    for name in names.split()
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

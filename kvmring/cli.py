@@ -24,12 +24,15 @@ __all__ = ["main"]
 COMMANDS = {
     "caps": "what this host's KVM offers for dirty logging",
     "demo": "the main job: run a guest, read its dirty rings, compare with the truth",
+    "ps": "the processes of this host that hold VMs, and their dirty rings",
+    "watch": "what a running VM's dirty rings do, live, or for Prometheus",
+    "trace": "a running VM's dirty-ring events, one by one",
     "plot": "what a recording of dirty-ring events tells, with a migration forecast",
 }
 
 
 class Command(Protocol):
-    """A module of commands/."""
+    """A module of commands/. One with USES_DEVICE = False has no --device."""
 
     DESCRIPTION: str
 
@@ -53,7 +56,6 @@ def _parser(wanted: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="what a bug report needs")
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--device", default="/dev/kvm", help="the KVM device (%(default)s)")
     common.add_argument("--json", action="store_true", help="print JSON")
     common.add_argument("-v", "--verbose", action="store_true", help="tracebacks for errors")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -65,6 +67,8 @@ def _parser(wanted: str | None) -> argparse.ArgumentParser:
         chosen = commands.add_parser(
             name, parents=[common], help=what, description=module.DESCRIPTION
         )
+        if getattr(module, "USES_DEVICE", True):
+            chosen.add_argument("--device", default="/dev/kvm", help="the KVM device (%(default)s)")
         module.add_arguments(chosen)
         chosen.set_defaults(run=module.run)
     return parser
@@ -92,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # the reader has left; keep the interpreter from complaining at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except (KvmringError, ValueError, TypeError, MemoryError) as error:
+    except (KvmringError, OSError, ValueError, TypeError, MemoryError) as error:
         if args.verbose:
             raise
         print(f"kvmring: {_one_line(error)}", file=sys.stderr)

@@ -53,15 +53,24 @@ ORDER = [
     {"caps"},
     {"demo"},
     {"figures"},
+    {"host.procfs"},
+    {"host.processes"},
+    {"host.tracepoints"},
+    {"host.observer", "host.events"},
+    {"host.watcher"},
+    {"host.verdict"},
     {"host.recording"},
     {"host.tracked", "host.traces"},
     {"host.analysis", "host.forecast"},
     {"host.report"},
     {"host.figures"},
     {"host"},
+    {"host.metrics"},
     {"commands"},
     {"commands.output"},
-    {"commands.caps", "commands.demo", "commands.plot"},
+    {"commands.caps", "commands.demo", "commands.plot", "commands.ps", "commands.trace"},
+    {"commands.watch_view"},
+    {"commands.watch"},
     {"cli"},
     {"__main__"},
 ]
@@ -75,6 +84,11 @@ C_ABOVE = {
     "vm": {"ffi", "lib"},  # the size of a ring
     "tracker": {"lib"},  # the levels of VM.freeze()
     "device": {"lib"},  # constants, and the fd's number
+    "host.procfs": {"lib"},  # descriptors of other processes: no ioctls
+    "host.processes": {"lib"},  # kcmp(2)
+    "host.tracepoints": {"lib"},  # the C code's numbers of the events
+    "host.observer": {"ffi", "lib"},  # the copies of a ring: no ioctls
+    "host.events": {"ffi", "lib"},  # perf's descriptors and buffers
 }
 
 
@@ -206,11 +220,11 @@ def test_no_pointer_into_mapped_memory_reaches_python() -> None:
     assert len(re.findall(r"\bkvr_\w+\(", text)) > 50, "the declarations were found"
     returned = re.findall(r"^[\w ]+\*+\s*(\w+)\(", text, flags=re.M)
     assert returned == ["kvr_bitmap_words"]
-    owners = {"kvr_obj", "kvr_map", "kvr_ring", "kvr_bitmap", "kvr_set", "kvr_server"}
-    for owner in owners:
+    owners = {"obj", "map", "ring", "bitmap", "set", "server", "observer", "events"}
+    for owner in (f"kvr_{name}" for name in owners):
         assert re.search(rf"^struct {owner};$", text, flags=re.M), f"{owner} is opaque"
     out = set(re.findall(r"struct (\w+) \*\*out", text))
-    assert out == owners
+    assert out == {f"kvr_{name}" for name in owners}
 
 
 def test_no_c_function_takes_an_fd_or_an_address() -> None:
@@ -237,7 +251,7 @@ def test_handles_are_never_bound_to_a_variable() -> None:
 LOADED = """
 import sys
 before = set(sys.modules)
-import kvmring
+from kvmring import VM
 import json
 print(json.dumps(sorted(set(sys.modules) - before)))
 """
@@ -256,9 +270,12 @@ def test_importing_the_package_pulls_in_no_heavy_module() -> None:
     heavy = {"rich", "psutil", "numpy", "cffi", "argparse", "subprocess", "asyncio", "random"}
     assert not {module.partition(".")[0] for module in loaded} & heavy
     assert not loaded & {"kvmring.cli", "kvmring.demo", "kvmring.caps", "kvmring.guests"}
+    assert "kvmring.tracker" not in loaded, "a name brings its own module and what that needs"
 
 
 def test_all_names_what_there_is() -> None:
+    assert set(kvmring._HOME) == set(kvmring.__all__) - {"__version__"}
+    assert set(kvmring.__all__) <= set(dir(kvmring))
     assert len(set(kvmring.__all__)) == len(kvmring.__all__)
     for name in kvmring.__all__:
         assert getattr(kvmring, name) is not None

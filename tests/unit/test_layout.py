@@ -47,6 +47,11 @@ SIZES = {
     "kvr_high_water": 8,
     "kvr_served": 72,
     "kvr_guest_block": 72,
+    "kvr_kvm_fd": 12,
+    "kvr_ring_view": 32,
+    "kvr_event_field": 4,
+    "kvr_tracepoint": 40,
+    "kvr_event": 40,
 }
 OFFSETS = {
     "kvm_dirty_gfn": {"flags": 0, "slot": 4, "offset": 8},
@@ -114,6 +119,21 @@ OFFSETS = {
         "error": 32,
         "pad": 36,
         "last": 40,
+    },
+    "kvr_ring_view": {
+        "time_ns": 0,
+        **row(8, 4, "write known pushed lapped dirty harvested"),
+    },
+    "kvr_kvm_fd": row(0, 4, "number is_vm vcpu"),
+    "kvr_event_field": row(0, 2, "offset size"),
+    "kvr_tracepoint": {
+        **row(0, 4, "id kind"),
+        "period": 8,
+        **row(16, 4, "vcpu dirty reset slot page"),
+    },
+    "kvr_event": {
+        **row(0, 8, "time_ns page"),
+        **row(16, 4, "tid kind vcpu slot dirty_index reset_index"),
     },
     "kvr_guest_block": {
         "list": 0,
@@ -305,7 +325,8 @@ def test_every_struct_of_the_declarations_is_measured() -> None:
     assert whole == set(OFFSETS)
     assert whole - {"kvm_run"} == set(SIZES), "kvm_run grows with the kernel's headers"
     opaque = set(tags) - whole
-    assert opaque == {"kvr_obj", "kvr_map", "kvr_ring", "kvr_bitmap", "kvr_set", "kvr_server"}
+    ours = {"obj", "map", "ring", "bitmap", "set", "server", "observer", "events"}
+    assert opaque == {f"kvr_{name}" for name in ours}
 
 
 @pytest.mark.parametrize(("member", "field"), RUN_FIELDS)
