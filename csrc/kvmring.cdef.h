@@ -352,6 +352,8 @@ void kvr_ring_put(struct kvr_ring *ring);
 uint32_t kvr_ring_entries(const struct kvr_ring *ring);
 int kvr_ring_indices(struct kvr_ring *ring, uint32_t *fetch, uint32_t *reset);
 int kvr_ring_fill(struct kvr_ring *ring, uint32_t *out);
+int kvr_gfns_new(uint64_t capacity, struct kvr_gfn **out);
+void kvr_gfns_free(struct kvr_gfn *gfns);
 long kvr_ring_harvest(struct kvr_ring *ring, struct kvr_gfn *gfns, struct kvr_set *set,
 		      uint64_t max, struct kvr_fault *fault);
 long kvr_vm_harvest(struct kvr_obj *vm, struct kvr_gfn *gfns, struct kvr_set *set, uint64_t max,

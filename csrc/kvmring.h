@@ -130,6 +130,9 @@ void kvr_ring_put(struct kvr_ring *ring);
 uint32_t kvr_ring_entries(const struct kvr_ring *ring);
 /* Our fetch index and the reset index as we know it; both count without end. */
 int kvr_ring_indices(struct kvr_ring *ring, uint32_t *fetch, uint32_t *reset);
+/* Room for that many entries, not cleared. */
+int kvr_gfns_new(uint64_t capacity, struct kvr_gfn **out);
+void kvr_gfns_free(struct kvr_gfn *gfns);
 /* Entries that are dirty now and not yet harvested; takes none. */
 int kvr_ring_fill(struct kvr_ring *ring, uint32_t *out);
 /*

@@ -11,7 +11,7 @@ import operator
 import threading
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-from kvmring.abi import check, ffi, lib, uninitialised
+from kvmring.abi import check, ffi, lib, out, owner
 from kvmring.bitmap import Buffer
 from kvmring.errors import int_between
 from kvmring.owned import Owned
@@ -51,7 +51,10 @@ class DirtyGfns(Buffer):
 
     def __init__(self, capacity: int) -> None:
         self.capacity = int_between("capacity", capacity, 1, 1 << 32)
-        self._buf: Gfns = uninitialised("struct kvr_gfn[]", self.capacity)
+        place = out("struct kvr_gfn *")
+        if lib.kvr_gfns_new(self.capacity, place) < 0:
+            raise MemoryError(f"no memory for {self.capacity} entries of 16 bytes")
+        self._buf: Gfns = owner(place, lib.kvr_gfns_free)
         self._lock = threading.Lock()
         self._fault = new_fault()
         self._used = 0

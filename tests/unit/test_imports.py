@@ -224,7 +224,8 @@ def test_no_pointer_into_mapped_memory_reaches_python() -> None:
     for owner in (f"kvr_{name}" for name in owners):
         assert re.search(rf"^struct {owner};$", text, flags=re.M), f"{owner} is opaque"
     out = set(re.findall(r"struct (\w+) \*\*out", text))
-    assert out == {f"kvr_{name}" for name in owners}
+    # kvr_gfn: entries on the heap, which DirtyGfns keeps as long as a view of them lives
+    assert out == {f"kvr_{name}" for name in owners} | {"kvr_gfn"}
 
 
 def test_no_c_function_takes_an_fd_or_an_address() -> None:
