@@ -1,0 +1,10 @@
+"""The kernel's rules of dirty logging as checks that run on any host: `kvmring check`.
+
+rules.py says what a check is; one module per group declares them; run.py gives each a process
+and a time limit; report.py prints them. Importing this package declares every rule.
+"""
+
+from kvmring.checks import fork
+from kvmring.checks.rules import RULES, Rule, Trial
+
+__all__ = ["RULES", "Rule", "Trial", "fork"]
