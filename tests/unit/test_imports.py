@@ -70,7 +70,9 @@ ORDER = [
         )
     },
     {"checks"},
+    {"checks.process"},
     {"checks.run"},
+    {"checks.results"},
     {"checks.report"},
     {"commands"},
     {"commands.output"},
