@@ -25,7 +25,7 @@ from kvmring.errors import KvmError
 from kvmring.system import System
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
+    from collections.abc import Callable, Collection, Generator, Sequence
 
 __all__ = ["Cause", "Options", "Outcome", "Result", "known_ids", "run", "select"]
 
@@ -286,7 +286,7 @@ def run(
     options: Options,
     *,
     started: Callable[[Rule], None] = lambda rule: None,
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Run rules and give each one's Result as soon as it is done, in any order.
 
     Close the generator when it is left early: that ends what still runs.
