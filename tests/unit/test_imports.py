@@ -49,12 +49,15 @@ ORDER = [
     {"caps"},
     {"demo"},
     {"checks.rules", "checks.raw"},
+    {"checks.rig"},
     {
         f"checks.{group}"
         for group in (
             "caps",
             "enable_cap",
+            "enable_cap_log",
             "memslot",
+            "memslot_log",
             "get",
             "clear",
             "manual_protect",
