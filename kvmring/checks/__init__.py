@@ -4,7 +4,30 @@ rules.py says what a check is; one module per group declares them; run.py gives 
 and a time limit; report.py prints them. Importing this package declares every rule.
 """
 
-from kvmring.checks import caps, enable_cap, enable_cap_log, fork
+from kvmring.checks import (
+    caps,
+    clear,
+    clear_range,
+    enable_cap,
+    enable_cap_log,
+    fork,
+    get,
+    get_refused,
+    manual_protect,
+)
 from kvmring.checks.rules import RULES, Rule, Trial
 
-__all__ = ["RULES", "Rule", "Trial", "caps", "enable_cap", "enable_cap_log", "fork"]
+__all__ = [
+    "RULES",
+    "Rule",
+    "Trial",
+    "caps",
+    "clear",
+    "clear_range",
+    "enable_cap",
+    "enable_cap_log",
+    "fork",
+    "get",
+    "get_refused",
+    "manual_protect",
+]

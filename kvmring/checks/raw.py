@@ -19,10 +19,11 @@ import os
 import resource
 import signal
 import struct
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from kvmring.device import KvmFd
 
@@ -32,6 +33,7 @@ __all__ = [
     "RING_PAGE",
     "Entry",
     "Memory",
+    "at_edge",
     "clear_dirty_log",
     "enable_cap",
     "entries",
@@ -142,6 +144,17 @@ def clear_dirty_log(vm: KvmFd | int, slot: int, first: int, num_pages: int, bits
         ioctl(vm, KVM_CLEAR_DIRTY_LOG, argument)
     finally:
         memory.close()
+
+
+@contextmanager
+def at_edge(data: bytes) -> Iterator[int]:
+    """Give the address of a copy of at most a page, with nothing mapped behind its last byte."""
+    with mmap.mmap(-1, 2 * PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        memory.resize(PAGE)
+        start = PAGE - len(data)
+        memory[start:] = data
+        yield address + start
 
 
 class Entry(NamedTuple):

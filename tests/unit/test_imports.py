@@ -50,6 +50,7 @@ ORDER = [
     {"demo"},
     {"checks.rules", "checks.raw"},
     {"checks.rig"},
+    {"checks.bits"},
     {
         f"checks.{group}"
         for group in (
@@ -59,7 +60,9 @@ ORDER = [
             "memslot",
             "memslot_log",
             "get",
+            "get_refused",
             "clear",
+            "clear_range",
             "manual_protect",
             "mmap",
             "ring",
