@@ -14,6 +14,9 @@ from kvmring.checks import (
     get,
     get_refused,
     manual_protect,
+    memslot,
+    memslot_log,
+    mmap,
 )
 from kvmring.checks.rules import RULES, Rule, Trial
 
@@ -30,4 +33,7 @@ __all__ = [
     "get",
     "get_refused",
     "manual_protect",
+    "memslot",
+    "memslot_log",
+    "mmap",
 ]

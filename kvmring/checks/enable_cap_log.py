@@ -274,6 +274,6 @@ def manual_with_ring(trial: Trial) -> None:
         ram.set_log_dirty(log)
         guest.load(0, [ram.gpa + n * trial.page_size for n in range(PAGES)])
         trial.expect("whether the guest is done", guest.is_done(guest.run(0)), True)
-        logged = [entry.offset for entry in raw.entries(ring) if entry.flags]
+        logged = sorted(entry.offset for entry in raw.entries(ring) if entry.flags)
         trial.expect(f"pages in the ring, logging {log}", logged, expected)
     ring.close()
