@@ -5,18 +5,21 @@ and a time limit; report.py prints them. Importing this package declares every r
 """
 
 from kvmring.checks import (
+    bitmap_backup,
     caps,
     clear,
     clear_range,
     enable_cap,
     enable_cap_log,
     fork,
+    fork_share,
     get,
     get_refused,
     manual_protect,
     memslot,
     memslot_log,
     mmap,
+    vgic,
 )
 from kvmring.checks.rules import RULES, Rule, Trial
 
@@ -24,16 +27,19 @@ __all__ = [
     "RULES",
     "Rule",
     "Trial",
+    "bitmap_backup",
     "caps",
     "clear",
     "clear_range",
     "enable_cap",
     "enable_cap_log",
     "fork",
+    "fork_share",
     "get",
     "get_refused",
     "manual_protect",
     "memslot",
     "memslot_log",
     "mmap",
+    "vgic",
 ]

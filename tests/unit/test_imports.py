@@ -51,6 +51,7 @@ ORDER = [
     {"checks.rules", "checks.raw"},
     {"checks.rig"},
     {"checks.bits"},
+    {"checks.gic"},
     {
         f"checks.{group}"
         for group in (
@@ -70,6 +71,7 @@ ORDER = [
             "reset",
             "signals",
             "fork",
+            "fork_share",
             "bitmap_backup",
             "vgic",
             "truth",
