@@ -227,9 +227,9 @@ def system(trial: Trial) -> None:
         ioctl(vm, raw.KVM_RESET_DIRTY_RINGS)
 
     def opened() -> None:
-        vm = System(trial.kvm.path).create_vm()
-        enable_cap(vm, ACQ_REL, size)
-        ioctl(vm, raw.KVM_RESET_DIRTY_RINGS)
+        with System(trial.kvm.path) as kvm, kvm.create_vm() as vm:
+            enable_cap(vm, ACQ_REL, size)
+            ioctl(vm, raw.KVM_RESET_DIRTY_RINGS)
 
     trial.expect("a VM by the inherited /dev/kvm", in_child(inherited), "success")
     trial.expect("a VM by /dev/kvm opened anew", in_child(opened), "success")

@@ -95,6 +95,7 @@ def flags_guest_memfd(trial: Trial) -> None:
         trial.errno("its deletion", lambda: set_region(vm, 0, RAM_GPA, 0, memory.address), 0)
     finally:
         os.close(fd)
+        vm.close()
 
 
 @rule(

@@ -36,17 +36,15 @@ def ring_vcpu(trial: Trial, num_pages: int = 1) -> tuple[VCPU, int]:
     return trial.vm(ring=entries).create_vcpu(), entries * 16
 
 
-def write_pages(kvm: System, entries: int) -> tuple[VM, PageWriter]:
-    """Have a guest with a ring write PAGES pages of slot 0, in order."""
-    vm = kvm.create_vm()
-    vm.enable_dirty_ring(entries)
+def write_pages(kvm: System, vm: VM) -> VCPU:
+    """Have a guest write PAGES pages of slot 0, in order; return its vCPU."""
     page_size = os.sysconf("SC_PAGESIZE")
     ram = vm.add_memory(RAM_GPA, PAGES * page_size, log_dirty=True)
     guest = PageWriter(kvm, vm)
     guest.load(0, [ram.gpa + n * page_size for n in range(PAGES)])
     while not guest.is_done(guest.run(0)):
         pass
-    return vm, guest
+    return guest.vcpus[0]
 
 
 def try_map(
@@ -291,8 +289,8 @@ def ring_per_vcpu(trial: Trial) -> None:
 def ring_marks(trial: Trial) -> None:
     """Mark through a write-only mapping, look through another."""
     size = trial.least_entries * 16
-    vm, guest = write_pages(trial.kvm, trial.least_entries)
-    vcpu = guest.vcpus[0]
+    vm = trial.vm(ring=trial.least_entries)
+    vcpu = write_pages(trial.kvm, vm)
     seen, marks = map_vcpu(vcpu, size, prot=R), map_vcpu(vcpu, size, prot=W)
     flags = [entry.flags for entry in raw.entries(seen, 0, PAGES)]
     trial.expect("flags before", flags, [1] * PAGES)
@@ -319,10 +317,10 @@ def ring_keeps(trial: Trial) -> None:
 
     def close_all() -> None:
         kvm = System(trial.kvm.path)
-        vm, guest = write_pages(kvm, entries)
-        ring = map_vcpu(guest.vcpus[0], entries * 16)
-        del vm, guest
-        kvm.close()
+        vm = kvm.create_vm()
+        vm.enable_dirty_ring(entries)
+        ring = map_vcpu(write_pages(kvm, vm), entries * 16)
+        kvm.close()  # and with it the VM, the vCPU, and the library's mappings
         os.closerange(3, 1 << 16)  # also that of Python's mapping
         found = sorted(entry.offset for entry in raw.entries(ring) if entry.flags == 1)
         if found != list(range(PAGES)):

@@ -138,6 +138,7 @@ class Trial:
     evidence: list[Evidence] = field(default_factory=list)
     notes: dict[str, str | int | float | bool] = field(default_factory=dict)
     random: random.Random = field(init=False)
+    _vms: list[VM] = field(default_factory=list)  # open until the system is closed
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -208,6 +209,7 @@ class Trial:
     def vm(self, *, ring: int = 0, with_bitmap: bool | None = None) -> VM:
         """Make a VM; with `ring` entries per vCPU where that is not 0."""
         vm = self.kvm.create_vm()
+        self._vms.append(vm)
         if ring:
             vm.enable_dirty_ring(ring, with_bitmap=with_bitmap)
         return vm
