@@ -19,6 +19,14 @@ from kvmring.checks import (
     memslot,
     memslot_log,
     mmap,
+    reset,
+    reset_pages,
+    ring,
+    ring_full,
+    ring_marks,
+    signals,
+    signals_reset,
+    truth,
     vgic,
 )
 from kvmring.checks.rules import RULES, Rule, Trial
@@ -41,5 +49,13 @@ __all__ = [
     "memslot",
     "memslot_log",
     "mmap",
+    "reset",
+    "reset_pages",
+    "ring",
+    "ring_full",
+    "ring_marks",
+    "signals",
+    "signals_reset",
+    "truth",
     "vgic",
 ]
