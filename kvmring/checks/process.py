@@ -9,6 +9,7 @@ import contextlib
 import functools
 import os
 import signal
+import sys
 import traceback
 from dataclasses import dataclass
 from multiprocessing import Pipe
@@ -21,10 +22,12 @@ from kvmring.system import System
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["END_WAIT_S", "Process", "fork", "kvm_held"]
+__all__ = ["END_WAIT_S", "LEFT_WAIT_S", "Process", "fork", "kvm_held"]
 
 # How long a process may take to go away once it is done or was killed: it tears down its VMs.
 END_WAIT_S = 5.0
+# How long what a check killed itself may take.
+LEFT_WAIT_S = 0.5
 
 T = TypeVar("T")
 
@@ -73,6 +76,7 @@ def fork(body: Callable[[Connection[T, None]], None]) -> tuple[Process, Connecti
                 signal.signal(number, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             os.dup2(2, 1)  # what it prints is no part of the report
+            sys.stdout = sys.stderr
             ours.close()
             body(theirs)
             status = 0

@@ -81,9 +81,10 @@ def _short(text: str) -> str:
 
 
 def _evidence_line(one: Evidence) -> str:
+    what = _one_line(one.what)
     if one.holds:
-        return f"{one.what}: {_short(one.got)}, as expected"
-    return f"{one.what}: expected {_short(one.expected)}, got {_short(one.got)}"
+        return f"{what}: {_short(one.got)}, as expected"
+    return f"{what}: expected {_short(one.expected)}, got {_short(one.got)}"
 
 
 def evidence_lines(result: Result) -> list[str]:
@@ -208,7 +209,7 @@ def summary(results: Sequence[Result], planned: int, *, width: int = 78) -> list
     skips = Counter(_one_line(result.reason) for result in those(Outcome.SKIP))
     block("skipped", [(reason, f"{n} check{'' if n == 1 else 's'}") for reason, n in skips.items()])
     block(
-        "known to fail, and passed: take them off --known",
+        "known to fail, and passed; --known can go",
         [(result.rule.id, "") for result in those(Outcome.XPASS)],
     )
     block(

@@ -184,8 +184,12 @@ def _notes(entry: Document) -> Document:
     return notes if isinstance(notes, dict) else {}
 
 
-def _is_figure(value: JsonValue) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_figure(*values: JsonValue) -> bool:
+    """Tell whether these are numbers, or nothing at all."""
+    return all(
+        value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+        for value in values
+    )
 
 
 def compare(a: Document, b: Document) -> list[Difference]:
@@ -207,6 +211,5 @@ def compare(a: Document, b: Document) -> list[Difference]:
         for name in mine_noted | theirs_noted:
             x, y = mine_noted.get(name), theirs_noted.get(name)
             if x != y:
-                figure = _is_figure(x) and _is_figure(y)
-                found.append(Difference(id=id, what=name, a=x, b=y, figure=figure))
+                found.append(Difference(id=id, what=name, a=x, b=y, figure=_is_figure(x, y)))
     return found

@@ -19,7 +19,7 @@ from enum import Enum
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING
 
-from kvmring.checks.process import END_WAIT_S, Process, fork
+from kvmring.checks.process import END_WAIT_S, LEFT_WAIT_S, Process, fork
 from kvmring.checks.rules import RULES, Evidence, Failed, Rule, Skipped, Trial, missing
 from kvmring.errors import KvmError
 from kvmring.system import System
@@ -233,7 +233,7 @@ class _Running:
         if not self.process.wait(END_WAIT_S):
             return "its process does not end: a vCPU may be wedged"
         # The pipe's other end was inherited by whatever the check forked.
-        if not self.pipe.poll(END_WAIT_S):
+        if not self.pipe.poll(LEFT_WAIT_S):
             return "the check left a process behind"
         return ""
 
