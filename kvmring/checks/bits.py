@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from kvmring.abi import Cap
 from kvmring.checks import raw
-from kvmring.ring import DirtyGfns
+from kvmring.checks.rig import Ring, has_pml, reset
 from kvmring.runner import Runner
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ __all__ = [
     "MISSING",
     "Log",
     "as_bits",
+    "emptied",
     "expect_pages",
     "first_slot_past_the_limit",
     "pages_of",
@@ -84,6 +85,13 @@ def first_slot_past_the_limit(vm: VM) -> int:
     return vm.check_extension(Cap.NR_MEMSLOTS)
 
 
+def emptied(trial: Trial, ram: GuestMemory, vm: VM, ring: Ring) -> set[int]:
+    """Take all entries of a VM's only ring, reset them, and return the slot's pages."""
+    taken = ring.take()
+    trial.expect("entries that KVM reset", reset(vm), len(taken))
+    return {logged.page for logged in taken if logged.slot == ram.slot}
+
+
 class Log:
     """A VM, a slot of so many pages that logs, and the built-in guest.
 
@@ -114,6 +122,8 @@ class Log:
         self.ram = trial.ram(self.vm, pages, log=log)
         self.slot = self.ram.slot
         self.guest: PageWriter = trial.writer(self.vm, vcpus=vcpus)
+        if ring:
+            self.ring = Ring(self.guest.vcpus[0], ring)
 
     def gpas(self, pages: Iterable[int]) -> list[int]:
         """Return pages' addresses."""
@@ -141,11 +151,8 @@ class Log:
         return pages_of(raw.get_dirty_log(self.vm, self.slot, self.pages))
 
     def harvest(self) -> set[int]:
-        """Empty the rings, reset them, and return the slot's pages that were in them."""
-        gfns = DirtyGfns(1 << 16)
-        self.vm.harvest(gfns)
-        self.vm.reset_dirty_rings()
-        return {gfn.offset for gfn in gfns if gfn.slot == self.slot}
+        """Empty the first vCPU's ring, reset it, and return the slot's pages that were in it."""
+        return emptied(self.trial, self.ram, self.vm, self.ring)
 
     def clear(self, pages: Iterable[int], first: int = 0, num: int | None = None) -> None:
         """KVM_CLEAR_DIRTY_LOG of pages, in a range; to the slot's end without `num`."""
@@ -169,7 +176,7 @@ def written_for_ever(
     guest.load(0, [ram.gpa + page * trial.page_size for page in pages], rounds=0)
     runner = Runner(guest.vcpus[:1], lambda vcpu, exit: not guest.is_done(exit))
     with runner:
-        rounds = Rounds(guest, runner)
+        rounds = Rounds(guest, runner, batches=has_pml(trial))
         try:
             rounds.wait()
             yield rounds
@@ -181,16 +188,24 @@ def written_for_ever(
 class Rounds:
     """The progress of a guest that writes for ever."""
 
-    def __init__(self, guest: PageWriter, runner: Runner) -> None:
+    def __init__(self, guest: PageWriter, runner: Runner, *, batches: bool) -> None:
         self._guest = guest
         self._runner = runner
+        self._batches = batches
         self._nothing = threading.Event()
 
     def wait(self) -> None:
-        """Wait until every page has been written since now."""
+        """Wait until every page has been written since now, and KVM knows of it.
+
+        What the hardware logs in batches (PML) KVM learns when the vCPU leaves the guest; GET
+        kicks it, but does not wait for that.
+        """
         enough = self._guest.progress(0).rounds + 2
         while self._guest.progress(0).rounds < enough:
             if not self._runner.running:
                 self._runner.join()
                 raise RuntimeError("the guest ended by itself")
             self._nothing.wait(0.001)
+        if self._batches:
+            self._runner.pause()
+            self._runner.resume()

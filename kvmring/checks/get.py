@@ -125,8 +125,10 @@ def host_writes(trial: Trial) -> None:
 
 @rule(
     "get.running",
-    "a GET while a vCPU runs has every page whose write was done before the call",
-    source="arch/x86/kvm/x86.c, kvm_arch_sync_dirty_log(): running vCPUs give up their PML buffer",
+    "a GET while a vCPU runs has every page whose write was done before the call; with PML, "
+    "before the vCPU last left the guest",
+    source="virt/kvm/kvm_main.c, kvm_get_dirty_log_protect(); arch/x86/kvm/x86.c, "
+    "kvm_arch_sync_dirty_log(): kicks the vCPUs, does not wait for them",
     guest=True,
     meaning=f"{LOST}; stop the vCPUs before each GET",
 )

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from kvmring.abi import DeviceType
 from kvmring.checks import raw
-from kvmring.checks.bits import MANUAL, pages_of
+from kvmring.checks.bits import MANUAL, emptied, pages_of
+from kvmring.checks.rig import Ring
 from kvmring.errors import KvmError
 from kvmring.guests.its import ITS_BYTES, ItsTables
-from kvmring.ring import DirtyGfns
 from kvmring.vgic import FRAME, GicV3, Its, ItsReg, RedistReg
 
 if TYPE_CHECKING:
@@ -53,9 +53,8 @@ class Gic:
         tables: bool = True,
     ) -> None:
         self.trial = trial
-        self.vm = trial.vm(
-            ring=trial.least_entries if ring else 0, with_bitmap=with_bitmap if ring else None
-        )
+        entries = trial.least_entries if ring else 0
+        self.vm = trial.vm(ring=entries, with_bitmap=with_bitmap if ring else None)
         if manual:
             raw.enable_cap(self.vm, MANUAL, manual)
         self.gic = new_gic(trial, self.vm)
@@ -66,6 +65,8 @@ class Gic:
         self.ram = trial.ram(self.vm, first + SPARE)
         self.spare = range(first, first + SPARE)
         self.guest = trial.writer(self.vm)
+        if ring:
+            self._ring = Ring(self.vcpu, entries)
         self.gic.init()
         self.its.init()
         if tables:
@@ -110,10 +111,7 @@ class Gic:
 
     def ring(self) -> set[int]:
         """Empty the ring, reset it, and return the pages that were in it."""
-        gfns = DirtyGfns(1 << 16)
-        self.vm.harvest(gfns)
-        self.vm.reset_dirty_rings()
-        return {gfn.offset for gfn in gfns if gfn.slot == self.ram.slot}
+        return emptied(self.trial, self.ram, self.vm, self._ring)
 
     def bitmap(self) -> set[int]:
         """KVM_GET_DIRTY_LOG, as the numbers of the pages."""
