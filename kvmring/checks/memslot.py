@@ -15,6 +15,8 @@ from kvmring.checks.rules import RAM_GPA, Trial, rule
 FLAGS = "virt/kvm/kvm_main.c, check_memory_region_flags()"
 REGION = "virt/kvm/kvm_main.c, kvm_set_memory_region()"
 KVM_CREATE_GUEST_MEMFD = 0xC040AED4
+KVM_CAP_GUEST_MEMFD_FLAGS = 244
+GUEST_MEMFD_FLAG_MMAP = 1
 SW_PROTECTED_VM = 1  # KVM_X86_SW_PROTECTED_VM
 MAX_PAGES = (1 << 31) - 1  # KVM_MEM_MAX_NR_PAGES
 LOW_ADDRESS = 1 << 20  # page-aligned at any page size, a user's, and mapped by nobody
@@ -70,7 +72,9 @@ def flags_guest_memfd(trial: Trial) -> None:
         if not vm.check_extension(Cap.GUEST_MEMFD):
             trial.skip("this KVM has no guest_memfd")
     memory = Memory(PAGES * trial.page_size)
-    argument = bytearray(struct.pack("=QQ48x", memory.num_bytes, 0))
+    # arm64 takes only such as can be mapped; where that is not offered, plain ones are right
+    mappable = vm.check_extension(KVM_CAP_GUEST_MEMFD_FLAGS) & GUEST_MEMFD_FLAG_MMAP
+    argument = bytearray(struct.pack("=QQ48x", memory.num_bytes, mappable))
     fd = ioctl(vm, KVM_CREATE_GUEST_MEMFD, argument)
 
     def add(flags: int) -> None:
