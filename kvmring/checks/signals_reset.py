@@ -25,8 +25,9 @@ DO_RESET = "virt/kvm/dirty_ring.c, kvm_dirty_ring_reset()"
 IOCTL = "virt/kvm/kvm_main.c, kvm_vm_ioctl_reset_dirty_pages()"
 NEEDS = [Cap.DIRTY_LOG_RING_ACQ_REL]
 
-PAGES = 1000  # a reset long enough for a signal to come inside
-ENTRIES = 2048  # has room for them on any host
+PAGES = 400  # a reset long enough for a signal to come inside
+ENTRIES = 1024  # has room for them on any host
+IN_ORDER = 4  # one write of so many is in order: then up to 64 pages can be lost at once
 TRIALS = 100
 ENOUGH = 20  # trials with a loss, after which no more are needed
 TURNS = 15
@@ -71,12 +72,13 @@ class Arena:
         self.rig = Rig(trial, PAGES, entries=max(ENTRIES, trial.least_entries))
         self.gfns = DirtyGfns(self.rig.entries)
         self.alarm = Alarm()
-        self.sequential = False
+        self.writes = 0
 
     def write(self) -> set[int]:
         """Have all pages written and harvested; return those that were logged."""
-        self.sequential = not self.sequential
-        self.rig.write(range(PAGES) if self.sequential else self.rig.shuffled(PAGES))
+        self.writes += 1
+        ordered = self.writes % IN_ORDER == 0
+        self.rig.write(range(PAGES) if ordered else self.rig.shuffled(PAGES))
         self.gfns.clear()
         self.rig.vm.harvest(self.gfns)
         return {gfn.offset for gfn in self.gfns}
