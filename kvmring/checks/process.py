@@ -12,6 +12,7 @@ import signal
 import sys
 import traceback
 from dataclasses import dataclass
+from errno import ECHILD
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, TypeVar
@@ -22,7 +23,7 @@ from kvmring.system import System
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["END_WAIT_S", "LEFT_WAIT_S", "Process", "fork", "kvm_held"]
+__all__ = ["END_WAIT_S", "LEFT_WAIT_S", "Process", "fork", "kvm_held", "undisturbed"]
 
 # How long a process may take to go away once it is done or was killed: it tears down its VMs.
 END_WAIT_S = 5.0
@@ -30,6 +31,19 @@ END_WAIT_S = 5.0
 LEFT_WAIT_S = 0.5
 
 T = TypeVar("T")
+
+# What interrupts a run.
+INTERRUPTS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Put off what interrupts, so that no process is made or reaped without being noted."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @dataclass(slots=True)
@@ -52,20 +66,21 @@ class Process:
 
     def reap(self) -> bool:
         """End the process and its group; returns whether it is gone."""
-        if not self.ended:
-            self.kill()
-            if self.wait(END_WAIT_S):
-                _, status = os.waitpid(self.pid, 0)
-                self.status = os.waitstatus_to_exitcode(status)
-                self.ended = True
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        with undisturbed():
+            if not self.ended:
+                self.kill()
+                if self.wait(END_WAIT_S):
+                    _, status = os.waitpid(self.pid, 0)
+                    self.status = os.waitstatus_to_exitcode(status)
+                    self.ended = True
+            if self.fd >= 0 and self.ended:
+                os.close(self.fd)
+                self.fd = -1
         return self.ended
 
 
 def fork(body: Callable[[Connection[T, None]], None]) -> tuple[Process, Connection[None, T]]:
-    """Fork a process that runs `body`, and never comes back from it."""
+    """Fork a process that runs `body`, and never comes back from it. Call it undisturbed()."""
     ours, theirs = Pipe(duplex=False)
     pid = os.fork()
     if pid == 0:
@@ -75,6 +90,7 @@ def fork(body: Callable[[Connection[T, None]], None]) -> tuple[Process, Connecti
             for number in (signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
             os.dup2(2, 1)  # what it prints is no part of the report
             sys.stdout = sys.stderr
             ours.close()
@@ -121,15 +137,18 @@ def kvm_held(device: str) -> Iterator[None]:
         KvmUnavailable: The device cannot be opened, or is not KVM.
         KvmError: No VM can be made.
     """
-    process, pipe = fork(functools.partial(_hold, device))
+    process: Process | None = None
     try:
+        with undisturbed():
+            process, pipe = fork(functools.partial(_hold, device))
         try:
             unavailable, errno, call, hint = pipe.recv()
         except EOFError:
-            raise KvmUnavailable(0, device, "the process that opened it died") from None
+            raise KvmUnavailable(ECHILD, device, "the process that opened it died") from None
         if errno:
             raise (KvmUnavailable if unavailable else KvmError)(errno, call, hint)
         yield
     finally:
-        process.reap()
-        pipe.close()
+        if process is not None:
+            process.reap()
+            pipe.close()

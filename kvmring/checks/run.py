@@ -19,7 +19,7 @@ from enum import Enum
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING
 
-from kvmring.checks.process import END_WAIT_S, LEFT_WAIT_S, Process, fork
+from kvmring.checks.process import END_WAIT_S, LEFT_WAIT_S, Process, fork, undisturbed
 from kvmring.checks.rules import RULES, Evidence, Failed, Rule, Skipped, Trial, missing
 from kvmring.errors import KvmError
 from kvmring.system import System
@@ -303,7 +303,8 @@ def run(
             while waiting and len(running) < options.jobs:
                 found = waiting.pop(0)
                 started(found)
-                running.append(_start(found, options))
+                with undisturbed():
+                    running.append(_start(found, options))
             now = time.monotonic()
             soonest = min(one.begin + one.limit for one in running)
             # the pipe for the answer; the process for an end without one
@@ -317,8 +318,8 @@ def run(
                     result = one.overdue()
                 else:
                     continue
-                running.remove(one)
                 one.close()
+                running.remove(one)
                 yield _judged(result, options.known)
     finally:
         for one in running:
