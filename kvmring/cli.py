@@ -23,6 +23,7 @@ __all__ = ["main"]
 
 COMMANDS = {
     "caps": "what this host's KVM offers for dirty logging",
+    "check": "the rules of dirty logging, tried one by one on this host's kernel",
     "demo": "the main job: run a guest, read its dirty rings, compare with the truth",
     "ps": "the processes of this host that hold VMs, and their dirty rings",
     "watch": "what a running VM's dirty rings do, live, or for Prometheus",
