@@ -51,8 +51,7 @@ MUST_CATCH = {
     """,
     "ioctl:request=CHECK_EXTENSION:when=0:add=1": """
         caps.manual_protect caps.nr_memslots caps.ring_acq_rel.bytes caps.smm caps.unknown
-        caps.with_bitmap enable_cap.bitmap.after_slot enable_cap.bitmap.flags
-        enable_cap.bitmap.needs_ring enable_cap.bitmap.repeated manual_protect.values
+        caps.with_bitmap manual_protect.values
     """,
     "ioctl:request=CLEAR_DIRTY_LOG:at=8:width=8:set=0": """
         caps.abi.clear_dirty_log clear.length clear.offset clear.range clear.tail
@@ -105,8 +104,13 @@ MUST_CATCH = {
     "ioctl:request=ENABLE_CAP:first=225:result=0:instead": """
         bitmap_backup.any_time
     """,
+    "ioctl:request=ENABLE_CAP:first=225:when=0:error=22": """
+        enable_cap.bitmap.after_slot enable_cap.bitmap.flags enable_cap.bitmap.needs_ring
+        enable_cap.bitmap.repeated
+    """,
     "ioctl:request=ENABLE_CAP:when=-1:error=33": """
         caps.abi.enable_cap caps.manual_protect.obsolete caps.ring.not_tso
+        enable_cap.bitmap.after_slot enable_cap.bitmap.flags enable_cap.bitmap.needs_ring
         enable_cap.bitmap.unsupported enable_cap.efault enable_cap.manual.flags
         enable_cap.manual.values enable_cap.ring.after_vcpu enable_cap.ring.either_cap
         enable_cap.ring.least enable_cap.ring.power_of_two enable_cap.ring.refused
@@ -115,7 +119,8 @@ MUST_CATCH = {
         manual_protect.obsolete
     """,
     "ioctl:request=ENABLE_CAP:when=-1:result=0": """
-        caps.abi.enable_cap caps.manual_protect.obsolete enable_cap.bitmap.unsupported
+        caps.abi.enable_cap caps.manual_protect.obsolete enable_cap.bitmap.after_slot
+        enable_cap.bitmap.flags enable_cap.bitmap.needs_ring enable_cap.bitmap.unsupported
         enable_cap.efault enable_cap.manual.flags enable_cap.manual.values
         enable_cap.ring.after_vcpu enable_cap.ring.either_cap enable_cap.ring.least
         enable_cap.ring.power_of_two enable_cap.ring.refused enable_cap.ring.twice
@@ -251,7 +256,9 @@ MUST_CATCH = {
         mmap.other_fds mmap.ring.exec mmap.ring.private
     """,
     "get:mode=add": """
-        memslot.hva.unmapped memslot.readonly.log vgic.pending.nothing
+        memslot.hva.unmapped memslot.readonly.log truth.ring_bitmap.collecting
+        truth.ring_bitmap.full truth.ring_bitmap.full_together truth.ring_bitmap.random
+        truth.ring_bitmap.sequential truth.ring_bitmap.several_vcpus vgic.pending.nothing
     """,
     "get:mode=beyond": """
         caps.abi.get_dirty_log
@@ -330,26 +337,21 @@ MUST_CATCH = {
     "ring:mode=swap:nth=50": """
         ring.host_writes ring.order
     """,
-    "ring:mode=twice:nth=2": """
-        truth.ring_bitmap.full
-    """,
     "ring:mode=twice:nth=50": """
         reset.closed_vcpu reset.log_off reset.slot_deleted ring.flags
     """,
     "ring:mode=withhold": """
-        bitmap_backup.in_a_vcpu bitmap_backup.vcpu_writes truth.ring_bitmap.collecting
-        truth.ring_bitmap.full_together truth.ring_bitmap.random truth.ring_bitmap.sequential
-        truth.ring_bitmap.several_vcpus
+        bitmap_backup.in_a_vcpu bitmap_backup.vcpu_writes
     """,
     "ring:mode=withhold:nth=2": """
-        bitmap_backup.in_a_vcpu bitmap_backup.vcpu_writes truth.ring_bitmap.collecting
-        truth.ring_bitmap.full truth.ring_bitmap.full_together truth.ring_bitmap.random
-        truth.ring_bitmap.sequential truth.ring_bitmap.several_vcpus
+        bitmap_backup.in_a_vcpu bitmap_backup.vcpu_writes truth.ring_bitmap.random
     """,
     "ring:mode=withhold:page=7": """
         ring_full.again ring_full.reset_of_some ring_full.soft_limit signals.guarded_reset
         signals.reset_loss truth.ring.collecting truth.ring.full truth.ring.full_together
-        truth.ring.sequential truth.ring.several_vcpus
+        truth.ring.sequential truth.ring.several_vcpus truth.ring_bitmap.collecting
+        truth.ring_bitmap.full truth.ring_bitmap.full_together truth.ring_bitmap.sequential
+        truth.ring_bitmap.several_vcpus
     """,
     "reset:mode=any": """
         ring.gap.first ring.gap.middle ring.mark.none

@@ -215,7 +215,7 @@ def zombie(pid: int) -> bool:
     """Tell whether a process has ended; whoever inherited it has to reap it."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return True
 
 

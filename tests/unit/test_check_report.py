@@ -351,7 +351,7 @@ def test_every_rule_says_what_it_must() -> None:
 
     for rule in RULES.values():
         assert re.fullmatch(r"[a-z][a-z0-9_]*(\.[a-z0-9_]+)+", rule.id), rule.id
-        assert re.search(r"\.[ch]\b", rule.source), f"{rule.id}: the source names a file"
-        assert "(" in rule.source or "," in rule.source, f"{rule.id}: and a function"
+        assert re.match(r"(virt|arch|include|mm|fs|kernel|Documentation)/\S", rule.source), rule.id
+        assert "," in rule.source, f"{rule.id}: the source names a file and what in it"
         assert "\n" not in rule.text
-        assert not re.search(r"\b[56]\.\d+\b", " ".join([*map(str, rule.needs)])), rule.id
+        assert not re.search(r"\blinux [56]\.\d", rule.text, re.I), f"{rule.id}: no versions"
