@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 COMMANDS = {
+    "bench": "what dirty logging costs here, beside the same work in C",
     "caps": "what this host's KVM offers for dirty logging",
     "demo": "the main job: run a guest, read its dirty rings, compare with the truth",
 }
@@ -61,8 +62,13 @@ def _parser(wanted: str | None) -> argparse.ArgumentParser:
             commands.add_parser(name, help=what)
             continue
         module = cast("Command", importlib.import_module(f"kvmring.commands.{name}"))
+        # resolve: a command may have its own form of a common option
         chosen = commands.add_parser(
-            name, parents=[common], help=what, description=module.DESCRIPTION
+            name,
+            parents=[common],
+            help=what,
+            description=module.DESCRIPTION,
+            conflict_handler="resolve",
         )
         module.add_arguments(chosen)
         chosen.set_defaults(run=module.run)
