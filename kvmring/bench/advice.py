@@ -74,6 +74,7 @@ def advise(table: Table) -> list[str]:
         if rings and logs:
             says.append(_cross(mib, rings, logs))
             says += _rates(mib, modes, _free(table, mib), losses[mib])
+            says += _stops(table, mib)
     return says
 
 
@@ -117,6 +118,33 @@ def _free(table: Table, mib: int) -> dict[str, int]:
     return found
 
 
+def _choose(costs: dict[str, float]) -> str:
+    """Return the first mode, rings from small to large, that is as good as the best of its kind."""
+    best = min(costs, key=lambda name: costs[name])
+    ring = best.startswith("ring")
+    alike = (name for name in costs if name.startswith("ring") == ring)
+    return next(name for name in alike if CLEARLY * costs[name] <= costs[best])
+
+
+def _stops(table: Table, mib: int) -> list[str]:
+    """Say what it costs the guest that a ring is too small, where most pages were written."""
+    rows = [r for r in table.records() if r["memory_mib"] == mib and str(r["mode"])[:5] == "ring "]
+    most = max((_int(r["pages"]) for r in rows), default=0)
+    rows = [r for r in rows if r["pages"] == most]
+    if len(rows) < 2 or rows[-1]["stops"] != 0 or not rows[0]["stops"]:
+        return []
+    small, large = rows[0]["lost_us"], rows[-1]["lost_us"]
+    assert isinstance(small, Figure)
+    assert isinstance(large, Figure)
+    if small.low <= large.high:
+        return []
+    return [
+        f"{_size(mib)}, {most:,} pages in one round: {rows[0]['mode']} stops the guest "
+        f"{rows[0]['stops']} times, and costs it {small.median / large.median - 1:.0%} more time "
+        f"than {rows[-1]['mode']}."
+    ]
+
+
 def _rates(
     mib: int, modes: dict[str, Curve], free: dict[str, int], losses: dict[str, Curve]
 ) -> list[str]:
@@ -132,7 +160,7 @@ def _rates(
         }
         if not costs:
             continue
-        name = min(costs, key=lambda name: costs[name])
+        name = _choose(costs)
         lost = max(0.0, cost_at(losses[name], pages) or 0.0)
         if lost >= INTERVAL_S * MICRO:
             says.append(
@@ -142,7 +170,8 @@ def _rates(
             break
         says.append(
             f"{_size(mib)}, {rate:,} pages/s, collected every {INTERVAL_S * 1000:.0f} ms: "
-            f"{name}; {costs[name]:,.0f} us to collect, the guest loses "
+            f"{name}{' or more' if name.startswith('ring') else ''}; {costs[name]:,.0f} us to "
+            f"collect, the guest loses "
             f"{lost / INTERVAL_S / MICRO:.1%} of its time."
         )
     return says

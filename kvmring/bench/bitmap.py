@@ -16,7 +16,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from kvmring.bench.baseline import Memory
-from kvmring.bench.measure import alternate, ratio, summary, timed
+from kvmring.bench.measure import alternate, cpu_ns, ratio, summary, timed
 from kvmring.bench.report import Column, Group, Table
 from kvmring.bench.rigs import available_bytes
 from kvmring.bitmap import DirtyBitmap
@@ -39,6 +39,7 @@ DENSITIES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 QUICK_DENSITIES = (1e-6, 1e-3, 1e-1, 1.0)
 MOST_RUNS = 50_000  # of one sample: runs() makes two Python ints and a tuple of each
 MOST_NUMBERS = 1 << 27  # which are a gigabyte already
+LEAST_READ = 16 * MIB  # of one sample of the bandwidth
 CHUNK = 1 << 20
 OPERATIONS = ("count", "page numbers", "runs", "union")
 
@@ -91,7 +92,7 @@ def measure(
     """Measure every operation at every size (MiB) and density; KVM has no part in it."""
     table = Table(name="bitmap", title="Operations on bitmaps", columns=_COLUMNS)
     reading = Table(name="reading", title="Reading memory, as fast as it goes", columns=_READ)
-    says = ["GB/s: bytes of bitmap, 10^9, per second, whatever is found in it."]
+    says = ["GB/s: bytes of bitmap, 10^9, per second of CPU time, whatever is found in it."]
     try:
         from kvmring.bench.numbers import Numpy
     except ImportError:
@@ -136,7 +137,8 @@ def _one(
         read: Callable[[], float] | None = None
         if base is not None:
             memory = stack.enter_context(Memory(base, size_bytes))
-            read = partial(_rate, size_bytes, memory.read)
+            times = max(1, LEAST_READ // size_bytes)
+            read = partial(_rate, size_bytes * times, partial(memory.read, times))
         for name, ours in _ours(bitmap, other, size_bytes).items():
             if name == "page numbers" and dirty > MOST_NUMBERS:
                 table.add(name, mib, density, None, None, None, None)
@@ -144,7 +146,7 @@ def _one(
             contestants = {"ours": ours}
             if theirs is not None:
                 contestants["numpy"] = partial(
-                    _rate, size_bytes, partial(timed, theirs.operations[name])
+                    _rate, size_bytes, partial(timed, theirs.operations[name], clock=cpu_ns)
                 )
             if read is not None:
                 contestants["read"] = read
@@ -183,8 +185,10 @@ def _ours(
     # when the walk stops early, it has come so far
     covered = sum(walked[-1]) // 8 if len(walked) == MOST_RUNS else size_bytes
     return {
-        "count": partial(_rate, size_bytes, partial(timed, bitmap.count)),
-        "page numbers": partial(_rate, size_bytes, partial(timed, bitmap.page_numbers)),
-        "runs": partial(_rate, covered, partial(timed, runs)),
-        "union": partial(_rate, size_bytes, partial(timed, union)),
+        "count": partial(_rate, size_bytes, partial(timed, bitmap.count, clock=cpu_ns)),
+        "page numbers": partial(
+            _rate, size_bytes, partial(timed, bitmap.page_numbers, clock=cpu_ns)
+        ),
+        "runs": partial(_rate, covered, partial(timed, runs, clock=cpu_ns)),
+        "union": partial(_rate, size_bytes, partial(timed, union, clock=cpu_ns)),
     }

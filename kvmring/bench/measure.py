@@ -33,6 +33,7 @@ __all__ = [
     "timed",
 ]
 
+TOO_LONG = 4  # times the time allowed
 SAMPLE_NS = 1_000_000  # what one sample of a short call is stretched to
 
 
@@ -133,8 +134,8 @@ def alternate(
     Args:
         contestants: Name to a function that takes one sample and returns it.
         effort: How many rounds; one more, first, warms everything up and is thrown away.
-        clock: Seconds, for the time allowed. A first round that has used it up is followed
-            by a single one.
+        clock: Seconds, for the time allowed. A first round that has taken several times as
+            long is followed by a single one.
 
     Returns:
         Name to samples; those of one index are of one round.
@@ -145,7 +146,7 @@ def alternate(
     for name in names:
         contestants[name]()
     end = clock() + effort.budget_s
-    least = effort.least if clock() < begin + effort.budget_s else 1
+    least = effort.least if clock() < begin + TOO_LONG * effort.budget_s else 1
     for number in range(effort.repeat):
         if number >= least and clock() >= end:
             break
@@ -165,12 +166,14 @@ def pool(parts: Sequence[Mapping[str, list[float]]]) -> dict[str, list[float]]:
 cpu_ns = time.thread_time_ns
 
 
-def timed(call: Callable[[], object], times: int = 1) -> float:
+def timed(
+    call: Callable[[], object], times: int = 1, *, clock: Callable[[], int] = time.perf_counter_ns
+) -> float:
     """Make a call a number of times; returns the nanoseconds of all of them."""
-    begin = time.perf_counter_ns()
+    begin = clock()
     for _ in repeat(None, times):
         call()
-    return float(time.perf_counter_ns() - begin)
+    return float(clock() - begin)
 
 
 def per_call(call: Callable[[], object]) -> int:

@@ -13,6 +13,7 @@ from kvmring.bench.measure import Figure
 from kvmring.errors import KvmringError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from matplotlib.axes import Axes
@@ -98,15 +99,27 @@ def _number(cell: Cell) -> float:
     return float(cell)
 
 
-def _plain(axes: Axes, *, x: bool = True, y: bool = True) -> None:
-    """Write the numbers of logarithmic axes as numbers: 1,000 and not a power of ten."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+def _plain(axes: Axes, *, at: Iterable[float] = (), percent: bool = False) -> None:
+    """Write the numbers of logarithmic axes as numbers: 1,000 and not a power of ten.
 
-    for wanted, axis in ((x, axes.xaxis), (y, axes.yaxis)):
-        if wanted:
-            axis.set_major_locator(LogLocator(numticks=12))
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
-            axis.set_minor_formatter(NullFormatter())
+    Args:
+        axes: What was drawn.
+        at: Where the x axis has its marks; at powers of ten without it.
+        percent: Whether x are shares, to be written as per cent.
+    """
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
+
+    factor, sign = (100, "%") if percent else (1, "")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(numticks=12))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+        axis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value * factor:,.6f}".rstrip("0").rstrip(".") + sign)
+    )
+    if marks := sorted(set(at)):
+        axes.xaxis.set_major_locator(FixedLocator(marks))
+        axes.xaxis.set_minor_locator(FixedLocator([]))
 
 
 def _size(mib: float) -> str:
@@ -149,7 +162,7 @@ def _modes(group: Group) -> Picture:
         axes.set_xlabel("pages dirtied between two collections")
         _cross(axes, modes, rings)
         _plain(axes)
-    panels[0].set_ylabel("to list the pages and log them anew (us)")
+    panels[0].set_ylabel("to list the pages and log them anew (µs)")
     panels[0].legend(loc="upper left")
     low = min(axes.get_ylim()[0] for axes in panels)
     for axes in panels:
@@ -217,8 +230,9 @@ def _bitmap(group: Group) -> Picture:
                     label=f"{who}, {_size(size)}",
                 )
         axes.set(xscale="log", yscale="log", title=operation)
-        axes.set_xlabel("share of pages that are dirty")
-        _plain(axes)
+        axes.set_xlabel("pages that are dirty")
+        _plain(axes, percent=True)
+        axes.tick_params(axis="x", labelrotation=30)
     panels[0].set_ylabel("bitmap gone through (GB/s)")
     panels[0].legend(loc="lower left")
     _share_y(panels)
@@ -245,7 +259,7 @@ def _scale(group: Group) -> Picture:
                 color=colour,
                 label=f"{what}, {entries}",
             )
-    left.set(xscale="log", yscale="log", title="Rings of many vCPUs", ylabel="one call (us)")
+    left.set(xscale="log", yscale="log", title="Rings of many vCPUs", ylabel="one call (µs)")
     left.set_xlabel("vCPUs")
     slots = group.table("slots").records()
     for column, what, style, colour in (
@@ -266,7 +280,8 @@ def _scale(group: Group) -> Picture:
     for axes in (left, right):
         axes.set_ylim(top=axes.get_ylim()[1] * 8)  # room for the legend
         axes.legend(loc="upper left")
-        _plain(axes)
+    _plain(left, at=[_number(r["vcpus"]) for r in records])
+    _plain(right, at=[_number(r["gib"]) for r in slots])
     return picture
 
 
@@ -294,7 +309,7 @@ def _harvest(group: Group) -> Picture:
             )
         axes.set(xscale="log", yscale="log", title=f"{order} pages")
         axes.set_xlabel("entries of the ring")
-        _plain(axes)
+        _plain(axes, at=[_number(r["entries"]) for r in records])
     panels[0].set_ylabel("the whole call, per entry (ns)")
     panels[-1].legend(loc="upper right")
     _share_y(panels)

@@ -8,14 +8,13 @@ grows with its size.
 from __future__ import annotations
 
 import errno
-import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import psutil
 
 from kvmring.abi import PAGE_SIZE
-from kvmring.bench.measure import Figure, alternate, summary
+from kvmring.bench.measure import Figure, alternate, cpu_ns, summary
 from kvmring.bench.report import Column, Group, Table
 from kvmring.bench.rigs import available_bytes, rig, ring_sizes, spread_pages
 from kvmring.bitmap import DirtyBitmap
@@ -52,7 +51,7 @@ _VCPUS = (
     Column(name="harvest_us", head="harvest\nus"),
     Column(name="harvest_ns", head="harvest\nns/entry"),
     Column(name="reset_us", head="reset\nus"),
-    Column(name="rss_mib", head="RSS\nMiB"),
+    Column(name="rss_mib", head="RSS\n+ MiB"),
 )
 _SLOTS = (
     Column(name="gib", head="slot\nGiB"),
@@ -104,8 +103,8 @@ def measure(
             says.append(f"A slot of {size} GiB: {why}: {error}.")
             break
     says.append(
-        "RSS: of this process, with all that the row needs; + MiB: what the row adds. The "
-        "kernel's own memory for a slot is not in it."
+        "RSS + MiB: what the VM, its guests and the collector add to this process. The kernel's "
+        "own memory for a slot is not in it. Times are of the thread's CPU."
     )
     return Group(name="scale", tables=[many, large], says=says)
 
@@ -120,6 +119,7 @@ def _require(found: int, wanted: int) -> None:
 
 
 def _vcpus(kvm: System, effort: Effort, number: int, entries: int, table: Table) -> None:
+    before = _rss()
     with rig(
         kvm,
         size_bytes=number * BUSY_PAGES * PAGE_SIZE,
@@ -148,7 +148,7 @@ def _vcpus(kvm: System, effort: Effort, number: int, entries: int, table: Table)
                 harvest.times(MICRO),
                 harvest.times(1 / count),
                 summary(found["reset"]).times(MICRO),
-                round(_rss() / MIB, 1),
+                round((_rss() - before) / MIB, 1),
             )
 
 
@@ -168,11 +168,11 @@ class _Rounds:
         for index in range(self.busy):
             # entered again after the doorbell, the guest does its command once more
             self.rig.finish(index)
-        begin = time.perf_counter_ns()
+        begin = cpu_ns()
         taken = self.rig.vm.harvest(self.dirty)
-        middle = time.perf_counter_ns()
+        middle = cpu_ns()
         self.rig.vm.reset_dirty_rings()
-        self.reset_ns = float(time.perf_counter_ns() - middle)
+        self.reset_ns = float(cpu_ns() - middle)
         self.harvest_ns = float(middle - begin)
         _require(taken, self.busy * BUSY_PAGES)
         _require(self.dirty.count(), taken)
@@ -199,9 +199,9 @@ def _slot(kvm: System, effort: Effort, gib: int, entries: int, table: Table) -> 
     size = gib * GIB
     count = min(SLOT_PAGES, entries // 2)  # the ring has room for a round
     with ExitStack() as stack:
-        begin = time.perf_counter_ns()
+        begin = cpu_ns()
         ringed = stack.enter_context(rig(kvm, size_bytes=size, entries=entries, capacity=count))
-        added = time.perf_counter_ns() - begin
+        added = cpu_ns() - begin
         pages = spread_pages(ringed.ram.num_pages, count, order="random")
         ringed.guest.load(0, ringed.gpas(pages))
         dirty = DirtySet(ringed.vm)
@@ -211,11 +211,11 @@ def _slot(kvm: System, effort: Effort, gib: int, entries: int, table: Table) -> 
             for bitmap in dirty.values():
                 bitmap.clear()
             ringed.finish()
-            begin = time.perf_counter_ns()
+            begin = cpu_ns()
             taken = ringed.vm.harvest(dirty)
-            middle = time.perf_counter_ns()
+            middle = cpu_ns()
             found = len(dirty[ringed.ram.slot].page_numbers())
-            numbers.append(float(time.perf_counter_ns() - middle))
+            numbers.append(float(cpu_ns() - middle))
             ringed.vm.reset_dirty_rings()
             _require(taken, count)
             _require(found, count)
@@ -232,11 +232,11 @@ def _slot(kvm: System, effort: Effort, gib: int, entries: int, table: Table) -> 
 
         def get() -> float:
             logged.finish()
-            begin = time.perf_counter_ns()
+            begin = cpu_ns()
             logged.vm.get_dirty_log(logged.ram.slot, into=bitmap)
-            middle = time.perf_counter_ns()
+            middle = cpu_ns()
             found = bitmap.count()
-            counts.append(float(time.perf_counter_ns() - middle))
+            counts.append(float(cpu_ns() - middle))
             _require(found, count)
             return float(middle - begin)
 

@@ -33,10 +33,12 @@ __all__ = ["DESCRIPTION", "add_arguments", "print_report", "run", "text_of"]
 DESCRIPTION = (
     "Measure what dirty logging costs on this host, with real guests on real rings, beside the "
     "same work in C. Ratios are of pairs measured in turn; figures are medians, and +-% is half "
-    "the distance between the quartiles. Without a group, all are measured: some minutes."
+    "the distance between the quartiles, n= the samples where they are too few. Without a "
+    "group, all are measured: some minutes."
 )
 ALL = "all"
 STDOUT = "-"
+FEW = 3  # samples, below which quartiles say nothing
 
 
 class _Group(Protocol):
@@ -154,10 +156,12 @@ def _measure(
 
 
 def text_of(cell: Cell) -> str:
-    """Return a cell as text: three digits that count, and the spread where there is one."""
+    """Return a cell as text: three digits that count, and the spread, or how few samples."""
     if cell is None:
         return "-"
     if isinstance(cell, Figure):
+        if cell.samples < FEW:
+            return f"{_digits(cell.median)} n={cell.samples}"
         return f"{_digits(cell.median)} ±{min(cell.spread, 9.99):.0%}"
     return _digits(cell) if isinstance(cell, float) else str(cell)
 
