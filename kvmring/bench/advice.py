@@ -128,7 +128,9 @@ def _choose(costs: dict[str, float]) -> str:
 
 def _stops(table: Table, mib: int) -> list[str]:
     """Say what it costs the guest that a ring is too small, where most pages were written."""
-    rows = [r for r in table.records() if r["memory_mib"] == mib and str(r["mode"])[:5] == "ring "]
+    rows = [
+        r for r in table.records() if r["memory_mib"] == mib and str(r["mode"]).startswith("ring")
+    ]
     most = max((_int(r["pages"]) for r in rows), default=0)
     rows = [r for r in rows if r["pages"] == most]
     if len(rows) < 2 or rows[-1]["stops"] != 0 or not rows[0]["stops"]:
