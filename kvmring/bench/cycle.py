@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from kvmring.abi import PAGE_SIZE, ExitReason
 from kvmring.bench.measure import alternate, cpu_ns, pool, ratio, summary
 from kvmring.bench.report import Column, Group, Table
-from kvmring.bench.rigs import rig, ring_sizes, sparse_bytes, spread_pages
+from kvmring.bench.rigs import fitting, rig, ring_sizes, sparse_bytes, spread_pages
 from kvmring.dirtyset import DirtySet
 from kvmring.errors import KvmringError
 
@@ -52,7 +52,9 @@ def measure(
     """Measure every ring size that the host takes."""
     table = Table(name="cycle", title="Run, harvest into a set, reset", columns=_COLUMNS)
     least = pages or (QUICK_PAGES if effort.quick else PAGES)
-    for entries in ring_sizes(kvm, sizes or (QUICK_SIZES if effort.quick else SIZES)):
+    taken = ring_sizes(kvm, sizes or (QUICK_SIZES if effort.quick else SIZES))
+    fit, left_out = fitting(taken)
+    for entries in fit:
         # a little more than a ring holds, so that it is full at least once
         number = min(max(least, entries + entries // 4), sparse_bytes() // PAGE_SIZE)
         parts = []
@@ -76,7 +78,8 @@ def measure(
     says = [
         "Both run the guest until its ring is full, harvest, reset and run on, in one thread. "
         "kvmring's reset blocks the thread's signals around the ioctl; the C program's does not. "
-        "Seconds are of the thread's CPU time, guest included."
+        "Seconds are of the thread's CPU time, guest included.",
+        *left_out,
     ]
     return Group(name="cycle", tables=[table], says=says)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from kvmring.bench.baseline import RawRing
 from kvmring.bench.measure import alternate, pool, ratio, summary
 from kvmring.bench.report import Column, Group, Table
-from kvmring.bench.rigs import rig, ring_sizes, sparse_bytes, spread_pages
+from kvmring.bench.rigs import fitting, rig, ring_sizes, sparse_bytes, spread_pages
 from kvmring.dirtyset import DirtySet
 from kvmring.errors import KvmringError
 from kvmring.ring import DirtyGfns
@@ -63,7 +63,9 @@ def measure(
     """Measure every ring size that the host takes, in every order."""
     times = Table(name="times", title="Harvest of a full ring, per entry", columns=_COLUMNS)
     ratios = Table(name="ratios", title="The same as ratios, pair by pair", columns=_RATIOS)
-    for entries in ring_sizes(kvm, sizes or (QUICK_SIZES if effort.quick else SIZES)):
+    taken = ring_sizes(kvm, sizes or (QUICK_SIZES if effort.quick else SIZES))
+    fit, left_out = fitting(taken)
+    for entries in fit:
         for order in orders:
             _one(kvm, effort, base, entries, order, times, ratios)
     says = [
@@ -71,6 +73,7 @@ def measure(
         "C marks: a loop in C that marks entries and drops their pages: the floor. C bitmap: "
         "one entry at a time into its slot's bitmap, as VMMs do it.",
         f"ctypes: a loop in Python over a ring of at most {MOST_RAW} entries mapped by ctypes.",
+        *left_out,
     ]
     return Group(name="harvest", tables=[times, ratios], says=says)
 

@@ -19,7 +19,7 @@ from kvmring.abi import PAGE_SIZE, Cap, ExitReason
 from kvmring.bench.advice import advise
 from kvmring.bench.measure import alternate, cpu_ns, summary
 from kvmring.bench.report import Column, Group, Table
-from kvmring.bench.rigs import RAM_GPA, available_bytes, ring_sizes
+from kvmring.bench.rigs import RAM_GPA, available_bytes, ring_sizes, touched_bytes
 from kvmring.bitmap import DirtyBitmap
 from kvmring.errors import KvmError, KvmringError
 from kvmring.guests import PageWriter
@@ -214,9 +214,9 @@ def measure(
         wanted = shares or (QUICK_SHARES if quick else SHARES)
         counts = sorted({round(total * share) for share in wanted})
         counts = [n for n in counts if LEAST_PAGES <= n <= most]
-        if 2 * PAGE_SIZE * max(counts, default=0) > available_bytes() // 2:
-            says.append(f"Memory of {mib} MiB: left out, this machine has not enough of it.")
-            continue
+        room = available_bytes() // 4  # for each of the two slots
+        if counts != (counts := [n for n in counts if touched_bytes(n, size_bytes) <= room]):
+            says.append(f"Memory of {mib} MiB: large shares left out, too little memory here.")
         for mode in modes:
             try:
                 _one(kvm, effort, mode, size_bytes, counts, table)

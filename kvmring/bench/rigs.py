@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from array import array
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
@@ -22,10 +23,21 @@ if TYPE_CHECKING:
     from kvmring.system import System
     from kvmring.vm import VM
 
-__all__ = ["Rig", "available_bytes", "rig", "ring_sizes", "sparse_bytes", "spread_pages"]
+__all__ = [
+    "Rig",
+    "available_bytes",
+    "fitting",
+    "rig",
+    "ring_sizes",
+    "sparse_bytes",
+    "spread_pages",
+    "touched_bytes",
+]
 
 RAM_GPA = 1 << 30
 SPARSE_BYTES = 1 << 30
+LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+LARGE = 512 * PAGE_SIZE
 
 
 class Rig:
@@ -122,11 +134,31 @@ def available_bytes() -> int:
 
 
 def sparse_bytes() -> int:
-    """Return the size of a guest of which little is touched: 1 GiB, or less on a small host."""
+    """Return the size of a guest whose pages are written at random: 1 GiB, or less.
+
+    Three of them fit into this machine's memory even when large pages back all of them.
+    """
     size = SPARSE_BYTES
-    while size > psutil.virtual_memory().total // 2:
+    while size > psutil.virtual_memory().total // 6:
         size //= 2
     return size
+
+
+def fitting(sizes: Sequence[int]) -> tuple[list[int], list[str]]:
+    """Return the ring sizes that such a guest can fill, and what is to be said of the others."""
+    fit = [entries for entries in sizes if entries * PAGE_SIZE <= sparse_bytes()]
+    left = [str(entries) for entries in sizes if entries not in fit]
+    says = [f"Rings of {', '.join(left)} entries: left out, too little memory to fill them."]
+    return fit, says if left else []
+
+
+def touched_bytes(pages: int, size_bytes: int) -> int:
+    """Return the most memory that writing so many pages of a slot may take."""
+    try:
+        large = "[always]" in LARGE_PAGES.read_text()
+    except OSError:
+        large = False
+    return min(size_bytes, pages * (LARGE if large else PAGE_SIZE))
 
 
 def spread_pages(total: int, count: int, *, order: str, seed: int = 1) -> list[int]:

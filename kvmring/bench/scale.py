@@ -16,7 +16,7 @@ import psutil
 from kvmring.abi import PAGE_SIZE
 from kvmring.bench.measure import Figure, alternate, cpu_ns, summary
 from kvmring.bench.report import Column, Group, Table
-from kvmring.bench.rigs import available_bytes, rig, ring_sizes, spread_pages
+from kvmring.bench.rigs import available_bytes, rig, ring_sizes, spread_pages, touched_bytes
 from kvmring.bitmap import DirtyBitmap
 from kvmring.dirtyset import DirtySet
 from kvmring.errors import KvmError, KvmringError
@@ -88,10 +88,10 @@ def measure(
             says.append(f"{number} vCPUs: refused: {error}.")
             break
     for size in slots or (QUICK_SLOTS if effort.quick else SLOTS):
-        need = size * GIB // PAGE_SIZE * KERNEL_BYTES
+        need = size * GIB // PAGE_SIZE * KERNEL_BYTES + touched_bytes(SLOT_PAGES, size * GIB)
         if need > available_bytes() // 2:
             says.append(
-                f"A slot of {size} GiB: not tried: KVM may keep {need >> 20} MiB of kernel memory "
+                f"A slot of {size} GiB: not tried: KVM and the guest may take {need >> 20} MiB "
                 f"for it, and {available_bytes() >> 20} MiB are available."
             )
             break
