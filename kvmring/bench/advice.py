@@ -140,10 +140,10 @@ def _stops(table: Table, mib: int) -> list[str]:
     assert isinstance(large, Figure)
     if small.low <= large.high:
         return []
+    times = "once" if rows[0]["stops"] == 1 else f"{rows[0]['stops']} times"
     return [
-        f"{_size(mib)}, {most:,} pages in one round: {rows[0]['mode']} stops the guest "
-        f"{rows[0]['stops']} times, and costs it {small.median / large.median - 1:.0%} more time "
-        f"than {rows[-1]['mode']}."
+        f"{_size(mib)}, {most:,} pages in one round: {rows[0]['mode']} stops the guest {times}, "
+        f"and costs it {small.median / large.median - 1:.0%} more time than {rows[-1]['mode']}."
     ]
 
 
