@@ -16,6 +16,7 @@ __all__ = ["Curve", "advise", "cost_at", "crossing", "curves", "lowest"]
 INTERVAL_S = 0.1  # between two collections
 RATES = (1_000, 10_000, 100_000, 1_000_000)  # pages per second
 MICRO = 1e6
+KEPT_BACK = 64 + 512  # entries of a ring: KVM's reserve, and what PML may add at once
 CLEARLY = 0.8  # a difference that is more than noise
 
 Curve = list[tuple[int, float]]  # pages of a round, and the median cost in microseconds
@@ -73,7 +74,7 @@ def advise(table: Table) -> list[str]:
         logs = {name: curve for name, curve in modes.items() if name not in rings}
         if rings and logs:
             says.append(_cross(mib, rings, logs))
-            says += _rates(mib, modes, _free(table, mib), losses[mib])
+            says += _rates(mib, modes, losses[mib])
             says += _stops(table, mib)
     return says
 
@@ -108,14 +109,9 @@ def _round(number: float) -> str:
     return f"{round(number / 10**digits) * 10**digits:,}"
 
 
-def _free(table: Table, mib: int) -> dict[str, int]:
-    """Return by mode the most pages of a round that never stopped the guest."""
-    found: dict[str, int] = {}
-    for row in table.records():
-        if row["memory_mib"] == mib and row["stops"] == 0:
-            name = str(row["mode"])
-            found[name] = max(found.get(name, 0), _int(row["pages"]))
-    return found
+def _has_room(mode: str, pages: float) -> bool:
+    """Tell whether a mode takes so many pages without stopping the guest; logs always do."""
+    return not mode.startswith("ring") or int(mode.split()[-1]) - KEPT_BACK >= pages
 
 
 def _choose(costs: dict[str, float]) -> str:
@@ -147,9 +143,7 @@ def _stops(table: Table, mib: int) -> list[str]:
     ]
 
 
-def _rates(
-    mib: int, modes: dict[str, Curve], free: dict[str, int], losses: dict[str, Curve]
-) -> list[str]:
+def _rates(mib: int, modes: dict[str, Curve], losses: dict[str, Curve]) -> list[str]:
     """Say for each rate, as far as the guest can reach it, what is best."""
     says = []
     for rate in RATES:
@@ -158,7 +152,7 @@ def _rates(
         costs = {
             name: cost
             for name, curve in modes.items()
-            if (cost := cost_at(curve, pages)) is not None and free.get(name, 0) >= pages
+            if (cost := cost_at(curve, pages)) is not None and _has_room(name, pages)
         }
         if not costs:
             continue
