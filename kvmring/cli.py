@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 COMMANDS = {
+    "bench": "what dirty logging costs here, beside the same work in C",
     "caps": "what this host's KVM offers for dirty logging",
     "check": "the rules of dirty logging, tried one by one on this host's kernel",
     "demo": "the main job: run a guest, read its dirty rings, compare with the truth",
@@ -65,8 +66,13 @@ def _parser(wanted: str | None) -> argparse.ArgumentParser:
             commands.add_parser(name, help=what)
             continue
         module = cast("Command", importlib.import_module(f"kvmring.commands.{name}"))
+        # resolve: a command may have its own form of a common option
         chosen = commands.add_parser(
-            name, parents=[common], help=what, description=module.DESCRIPTION
+            name,
+            parents=[common],
+            help=what,
+            description=module.DESCRIPTION,
+            conflict_handler="resolve",
         )
         if getattr(module, "USES_DEVICE", True):
             chosen.add_argument("--device", default="/dev/kvm", help="the KVM device (%(default)s)")
