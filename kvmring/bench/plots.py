@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kvmring import figures
 from kvmring.bench.advice import crossing, curves, lowest
 from kvmring.bench.measure import Figure
-from kvmring.errors import KvmringError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -24,23 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["draw"]
 
-DPI = 130
 PANEL_INCHES = (4.4, 4.2)
-_STYLE: dict[str, object] = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.5,
-    "lines.markersize": 4.5,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-}
 # blue for rings, warm for logs: light is small, dark is large
 _RINGS = ("#9ecae1", "#4292c6", "#084594", "#3f007d")
 _LOGS = {"bitmap": "#e6550d", "clear-log": "#a63603", "clear-log, set": "#fdae6b"}
@@ -53,21 +37,16 @@ def draw(groups: list[Group], facts: dict[str, JsonValue], folder: Path) -> list
     Raises:
         KvmringError: A file cannot be written.
     """
-    import matplotlib as mpl
-
     drawers = {"modes": _modes, "bitmap": _bitmap, "scale": _scale, "harvest": _harvest}
     written = []
     for group in groups:
         if group.name not in drawers:
             continue
         path = folder / f"bench-{group.name}.png"
-        with mpl.rc_context(_STYLE):  # type: ignore[arg-type]
+        with figures.style():
             picture = drawers[group.name](group)
             picture.text(0.01, 0.925, _host(facts), fontsize=8, color="#555555", va="top")
-            try:
-                picture.savefig(path)
-            except OSError as error:
-                raise KvmringError(f"{path} cannot be written: {error.strerror}") from error
+            figures.save(picture, path)
         written.append(path)
     return written
 
@@ -85,7 +64,7 @@ def _picture(panels: int, title: str) -> tuple[Picture, list[Axes]]:
     from matplotlib.figure import Figure as Picture
 
     width, height = PANEL_INCHES if panels < 4 else (3.7, PANEL_INCHES[1])
-    picture = Picture(figsize=(width * panels, height), dpi=DPI, layout="constrained")
+    picture = Picture(figsize=(width * panels, height), dpi=figures.DPI, layout="constrained")
     picture.get_layout_engine().set(rect=(0, 0, 1, 0.89))  # type: ignore[union-attr,call-arg]
     picture.text(0.01, 0.985, title, va="top", fontsize=12, fontweight="bold")
     axes = picture.subplots(1, panels, squeeze=False)

@@ -18,6 +18,7 @@ from kvmring.bench.report import SCHEMA, Group, Table, bench_facts
 from kvmring.commands import DONE
 from kvmring.commands.output import print_json, table
 from kvmring.errors import int_between
+from kvmring.extras import extra
 from kvmring.system import System
 
 if TYPE_CHECKING:
@@ -113,12 +114,8 @@ def _outputs(json_name: str | None, plots: str | None) -> Outputs:
     """Open what will be written, before minutes go into what cannot be."""
     folder = None
     if plots is not None:
-        try:
+        with extra("plot"):
             import matplotlib as _  # noqa: F401
-        except ImportError:
-            raise ValueError(
-                "--plot needs matplotlib, which is not installed: pip install 'kvmring[plot]'"
-            ) from None
         folder = Path(plots)
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -10,8 +10,8 @@ under the thread sanitizer. By hand:
 from __future__ import annotations
 
 import os
-import re
 import platform
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor

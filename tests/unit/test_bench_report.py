@@ -14,6 +14,7 @@ from kvmring.bench import GROUPS, bitmap, report
 from kvmring.bench.measure import Effort, Figure, summary
 from kvmring.bench.report import Column, Group, Table
 from kvmring.commands import bench
+from kvmring.errors import KvmringError
 
 from .bench_groups import figure, modes_group
 
@@ -149,7 +150,7 @@ def test_plots_without_matplotlib_name_the_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ValueError, match=r"pip install 'kvmring\[plot\]'"):
+    with pytest.raises(KvmringError, match=r"pip install 'kvmring\[plot\]'"):
         bench._outputs(None, str(tmp_path))
 
 
