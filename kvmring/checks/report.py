@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from kvmring.checks.results import KIND, totals
@@ -90,10 +91,12 @@ def _evidence_line(one: Evidence) -> str:
 def evidence_lines(result: Result) -> list[str]:
     """Say what a check that failed has seen, the rule, and where the kernel has it."""
     lines = [f"rule: {_one_line(result.rule.text)}"]
-    shown = result.evidence[-MOST_EVIDENCE:]
-    if len(shown) < len(result.evidence):
-        lines.append(f"{len(result.evidence) - len(shown)} earlier expectations held")
-    lines += [_evidence_line(one) for one in shown]
+    seen = [(line, len(list(same))) for line, same in groupby(map(_evidence_line, result.evidence))]
+    shown = seen[-MOST_EVIDENCE:]
+    if len(shown) < len(seen):
+        earlier = sum(times for _, times in seen[:-MOST_EVIDENCE])
+        lines.append(f"{earlier} earlier expectations held")
+    lines += [line if times == 1 else f"{line}, {times} times" for line, times in shown]
     if result.cause is not Cause.RULE:
         lines.append(_one_line(result.reason))
     lines += note_lines(result)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Difference", "Folder", "as_document", "compare", "read", "totals"]
 
 SCHEMA = 1
+FAILURES = (Outcome.FAIL.value, Outcome.XFAIL.value)
 KIND = "kvmring check"
 
 
@@ -160,7 +161,8 @@ class Difference:
         id: The check's.
         what: "outcome", or the note's name.
         a, b: What each run has; None where it has nothing.
-        figure: It is a number: figures vary from run to run, and decide nothing.
+        figure: It is a number, or what a failure noted: that varies from run to run, and decides
+            nothing.
     """
 
     id: str
@@ -211,5 +213,9 @@ def compare(a: Document, b: Document) -> list[Difference]:
         for name in mine_noted | theirs_noted:
             x, y = mine_noted.get(name), theirs_noted.get(name)
             if x != y:
-                found.append(Difference(id=id, what=name, a=x, b=y, figure=_is_figure(x, y)))
+                # what a failure noted is its own story, and as good as a figure
+                figure = (
+                    _is_figure(x, y) or one["outcome"] in FAILURES or other["outcome"] in FAILURES
+                )
+                found.append(Difference(id=id, what=name, a=x, b=y, figure=figure))
     return found

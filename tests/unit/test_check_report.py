@@ -148,6 +148,17 @@ def test_much_evidence_is_cut_at_its_beginning() -> None:
     assert not any("step 5:" in line for line in lines)
 
 
+def test_evidence_that_repeats_is_said_once() -> None:
+    result = Result(
+        rule=make_rule("a.one"),
+        outcome=Outcome.FAIL,
+        cause=Cause.RULE,
+        evidence=(seen("pages", "4", "4"),) * 30 + (seen("pages", "4", "3"),),
+    )
+    lines = report.evidence_lines(result)
+    assert lines[1:3] == ["pages: 4, as expected, 30 times", "pages: expected 4, got 3"]
+
+
 def test_results_are_numbered_as_planned_and_given_as_soon_as_can_be() -> None:
     rules = [make_rule(f"a.{i}") for i in range(4)]
     given = []
@@ -249,6 +260,18 @@ def test_comparing_shows_outcomes_notes_and_figures_apart() -> None:
         ("only_a", "outcome"): ("pass", None, False),
         ("only_b", "outcome"): (None, "pass", False),
     }
+
+
+def test_what_failures_noted_decides_nothing() -> None:
+    def lost(page: str) -> Result:
+        return Result(
+            rule=make_rule("a.b"),
+            outcome=Outcome.FAIL,
+            cause=Cause.RULE,
+            notes={"first loss": f"page {page}"},
+        )
+
+    assert [d.figure for d in results.compare(document(lost("1")), document(lost("2")))] == [True]
 
 
 def test_true_and_1_are_not_the_same_note() -> None:
