@@ -60,9 +60,19 @@ class TrackerStats:
 
 
 def choose_source(vm: VM) -> tuple[Source, str]:
-    """Choose the best source that a VM offers as it is, and say why."""
+    """Choose the best source that a VM offers as it is, and say why.
+
+    Raises:
+        StateError: Its rings would miss pages: arm64 looks at the bitmap to know whether a
+            slot logs (memslot_is_logging(), arch/arm64/kvm/mmu.c).
+    """
     if vm.ring_entries and vm.with_bitmap:
         return Source.RING_WITH_BITMAP, "the VM has dirty rings, and a bitmap behind them"
+    if vm.ring_entries and vm.check_extension(Cap.DIRTY_LOG_RING_WITH_BITMAP):
+        raise StateError(
+            "the VM has dirty rings without the backup bitmap, and this KVM maps memory in large "
+            "blocks then, of which it logs one page each: enable_dirty_ring() with the bitmap"
+        )
     if vm.ring_entries:
         return Source.RING, "the VM has dirty rings"
     if vm.check_extension(Cap.MANUAL_DIRTY_LOG_PROTECT2) & 1:

@@ -143,7 +143,9 @@ class VM(DirtyLog):
             entries: Size of each ring, a power of two of 16-byte entries. 64 of them, and with
                 PML 512 more, are kept back by KVM.
             with_bitmap: Whether the backup bitmap is enabled too, for what is dirtied outside
-                any vCPU. None: where KVM offers it.
+                any vCPU. None: where KVM offers it. False is for experiments: without the
+                bitmap arm64 does not split large blocks, and one page of each is logged
+                (memslot_is_logging(), arch/arm64/kvm/mmu.c).
 
         Raises:
             ValueError: Not a power of two, or a size that this host does not take.

@@ -25,7 +25,7 @@ from kvmring import (
 )
 from kvmring.guests import PageWriter, page_order
 
-from ..gates import needs_kvm
+from ..gates import needs, needs_kvm
 from .rig import PAGE, Rig, RingFacts, assert_exact
 
 if TYPE_CHECKING:
@@ -195,6 +195,17 @@ def test_only_one_tracker_at_a_time(tracked: tuple[Rig, Tracker]) -> None:
     second.close()
     with pytest.raises(StateError, match="tracking"):
         tracker.start()
+
+
+@needs(Cap.DIRTY_LOG_RING_WITH_BITMAP)
+def test_rings_without_the_bitmap_are_refused_where_they_lose(
+    kvm: System, facts: RingFacts
+) -> None:
+    with kvm.create_vm() as vm:
+        vm.enable_dirty_ring(facts.smallest, with_bitmap=False)
+        for source in (Source.AUTO, Source.RING):
+            with pytest.raises(StateError, match="without the backup bitmap"):
+                Tracker(vm, source)
 
 
 def test_sources_that_would_miss_pages_are_refused(kvm: System, facts: RingFacts) -> None:
