@@ -24,6 +24,7 @@ C_SOURCES = (
     "lines.c",
     "synthetic.c",
     "bitmap.c",
+    "numbers.c",
     "run.c",
     "serve.c",
     "observe.c",

@@ -92,6 +92,11 @@ struct kvr_bitmap {
 #define KVR_CHUNK_WORDS 512
 #endif
 
+static inline uint64_t kvr_chunks(const struct kvr_bitmap *bm)
+{
+	return (bm->num_words + KVR_CHUNK_WORDS - 1) / KVR_CHUNK_WORDS;
+}
+
 struct kvr_set_slot {
 	uint32_t slot;
 	struct kvr_bitmap *bm;

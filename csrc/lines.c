@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 /*
- * The fast part of the harvest: a cache line of four dirty entries at a time.
+ * The fast part of the harvest, a cache line of four dirty entries at a time; and
+ * the buffer that entries go to.
  *
  * KVM dirties entries in order, with a write barrier before each one's flags
  * (kvm_dirty_ring_push(), virt/kvm/dirty_ring.c), so one acquire-load of the last
@@ -8,7 +9,9 @@
  * is not as it should be is left to the loop that takes one entry at a time, and
  * says what is wrong with it.
  */
+#include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "internal.h"
 
@@ -209,4 +212,33 @@ uint64_t kvr_lines_to_gfns(struct kvr_ring *ring, struct kvr_gfn *gfns, uint64_t
 		taken = to_gfns_any(line, num, ring->vcpu, gfns);
 	kvr_advance(ring, (uint32_t)taken * KVR_LINE);
 	return taken * KVR_LINE;
+}
+
+/* A buffer for entries.  A harvest comes right after a guest, which leaves nothing
+ * in the TLB: in huge pages there is one miss where 4 KiB pages have hundreds. */
+#define HUGE_BYTES ((size_t)2 << 20)
+
+static size_t gfns_bytes(uint64_t capacity)
+{
+	size_t bytes = capacity * sizeof(struct kvr_gfn);
+
+	return bytes < HUGE_BYTES / 4 ? bytes : (bytes + HUGE_BYTES - 1) & ~(HUGE_BYTES - 1);
+}
+
+int kvr_gfns_new(uint64_t capacity, struct kvr_gfn **out)
+{
+	size_t bytes = gfns_bytes(capacity);
+	void *gfns = bytes < HUGE_BYTES ? malloc(bytes) : aligned_alloc(HUGE_BYTES, bytes);
+
+	if (!gfns)
+		return -ENOMEM;
+	if (bytes >= HUGE_BYTES)
+		madvise(gfns, bytes, MADV_HUGEPAGE);
+	*out = gfns;
+	return 0;
+}
+
+void kvr_gfns_free(struct kvr_gfn *gfns)
+{
+	free(gfns);
 }

@@ -42,35 +42,6 @@ void kvr_kernel_page_size(uint64_t *out)
 	*out = kvr_page_size();
 }
 
-/* A buffer for entries.  A harvest comes right after a guest, which leaves nothing
- * in the TLB: in huge pages there is one miss where 4 KiB pages have hundreds. */
-#define HUGE_BYTES ((size_t)2 << 20)
-
-static size_t gfns_bytes(uint64_t capacity)
-{
-	size_t bytes = capacity * sizeof(struct kvr_gfn);
-
-	return bytes < HUGE_BYTES / 4 ? bytes : (bytes + HUGE_BYTES - 1) & ~(HUGE_BYTES - 1);
-}
-
-int kvr_gfns_new(uint64_t capacity, struct kvr_gfn **out)
-{
-	size_t bytes = gfns_bytes(capacity);
-	void *gfns = bytes < HUGE_BYTES ? malloc(bytes) : aligned_alloc(HUGE_BYTES, bytes);
-
-	if (!gfns)
-		return -ENOMEM;
-	if (bytes >= HUGE_BYTES)
-		madvise(gfns, bytes, MADV_HUGEPAGE);
-	*out = gfns;
-	return 0;
-}
-
-void kvr_gfns_free(struct kvr_gfn *gfns)
-{
-	free(gfns);
-}
-
 void kvr_live(struct kvr_live *out)
 {
 	out->fds = atomic_load(&kvr_live_fds);
