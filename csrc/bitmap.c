@@ -16,6 +16,10 @@
 
 #include "internal.h"
 
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
 /* KVM allows 2^31 - 1 pages in a slot; views that merge slots may be larger. */
 #define MAX_PAGES (UINT64_C(1) << 40)
 
@@ -127,17 +131,40 @@ __attribute__((target("popcnt"))) static uint64_t count_popcnt(const uint64_t *w
 {
 	return count_words(words, num);
 }
+
+__attribute__((target("avx512f,avx512vpopcntdq,popcnt"))) static uint64_t
+count_avx512(const uint64_t *words, uint64_t num)
+{
+	__m512i a = _mm512_setzero_si512(), b = a;
+	uint64_t i;
+
+	for (i = 0; i + 16 <= num; i += 16) {
+		a = _mm512_add_epi64(a, _mm512_popcnt_epi64(_mm512_loadu_si512(words + i)));
+		b = _mm512_add_epi64(b, _mm512_popcnt_epi64(_mm512_loadu_si512(words + i + 8)));
+	}
+	return (uint64_t)_mm512_reduce_add_epi64(_mm512_add_epi64(a, b)) +
+	       count_words(words + i, num - i);
+}
 #endif
+
+typedef uint64_t count_t(const uint64_t *words, uint64_t num);
+
+static count_t *best_count(void)
+{
+#ifdef __x86_64__
+	if (kvr_paths == KVR_PATHS_BEST && __builtin_cpu_supports("avx512vpopcntdq"))
+		return count_avx512;
+	if (kvr_paths != KVR_PATHS_ONE_BY_ONE && __builtin_cpu_supports("popcnt"))
+		return count_popcnt;
+#endif
+	return count_any;
+}
 
 uint64_t kvr_bitmap_count(const struct kvr_bitmap *bm)
 {
-	uint64_t (*count)(const uint64_t *, uint64_t) = count_any;
+	count_t *count = best_count();
 	uint64_t n = 0;
 
-#ifdef __x86_64__
-	if (__builtin_cpu_supports("popcnt") && kvr_paths == KVR_PATHS_BEST)
-		count = count_popcnt;
-#endif
 	for (uint64_t i = 0; i < kvr_chunks(bm); i++)
 		if (bm->touched[i])
 			n += count(chunk_of(bm, i), chunk_words(bm, i));

@@ -158,9 +158,9 @@ static inline int kvr_expect(const struct kvr_obj *obj, enum kvr_kind kind)
  * They return how many entries they took; less than max means that the next line
  * is not whole, or not of one known slot, and says nothing about its entries. */
 #define KVR_LINE 4
-/* For tests, which compare the paths: what the CPU can do best, portable C, or no
- * lines at all.  To be changed only while nobody harvests. */
-enum kvr_paths { KVR_PATHS_BEST, KVR_PATHS_PORTABLE, KVR_PATHS_ONE_BY_ONE };
+/* For tests, which compare the paths: what the CPU can do best, the next best, or
+ * one by one in portable C.  To be changed only while nobody harvests. */
+enum kvr_paths { KVR_PATHS_BEST, KVR_PATHS_NEXT, KVR_PATHS_ONE_BY_ONE };
 extern int kvr_paths;
 uint64_t kvr_lines_to_set(struct kvr_ring *ring, struct kvr_set *set, uint32_t *hint, uint64_t max);
 uint64_t kvr_lines_to_gfns(struct kvr_ring *ring, struct kvr_gfn *gfns, uint64_t max);

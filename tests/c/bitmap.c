@@ -10,9 +10,10 @@
 #include "../../csrc/internal.h"
 #include "check.h"
 
-#define MOST 700
+#define MOST 1800
 
-static const uint32_t edges[] = { 0, 1, 2, 63, 64, 65, 127, 128, 129, 191, 192, 640, 700 };
+static const uint32_t edges[] = { 0,   1,   2,	 63,  64,   65,	  127,	128,
+				  129, 191, 640, 700, 1087, 1088, 1089, 1800 };
 
 /* A bitmap, and what it should hold. */
 struct pair {

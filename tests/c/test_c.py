@@ -27,8 +27,8 @@ CC = os.environ.get("CC", "gcc")
 SKIPPED = 77
 SECONDS = 60
 
-# small chunks, so that small bitmaps have many of them
-FLAGS = ["-std=gnu11", "-g", "-O1", "-pthread", "-fno-omit-frame-pointer", "-DKVR_CHUNK_WORDS=2"]
+# small chunks, so that small bitmaps have more than one; 16 words are a step of the count
+FLAGS = ["-std=gnu11", "-g", "-O1", "-pthread", "-fno-omit-frame-pointer", "-DKVR_CHUNK_WORDS=17"]
 STRICT = ["-Wall", "-Wextra", "-Wconversion", "-Werror"]
 SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
