@@ -104,7 +104,7 @@ class Baseline:
     """
 
     def __init__(self, library: ctypes.CDLL, compiler: str) -> None:
-        self.library = library
+        self.functions = library
         self.compiler = compiler
         for name, (result, arguments) in _FUNCTIONS.items():
             function = library[name]
@@ -115,7 +115,7 @@ class Baseline:
     def hypervisor(self) -> str | None:
         """Return what the hypervisor under this kernel calls itself; None where none says so."""
         name = ctypes.create_string_buffer(12)
-        if not self.library.base_hypervisor(name):
+        if not self.functions.base_hypervisor(name):
             return None
         return name.raw.rstrip(b"\0").decode("ascii", "replace")
 
@@ -132,7 +132,7 @@ class CProgram:
     """
 
     def __init__(self, base: Baseline, kvm: System, vm: VM) -> None:
-        self._lib = base.library
+        self._lib = base.functions
         self._ns = c_uint64()
         self._it: int | None = self._lib.base_new(kvm.fileno(), vm.fileno(), vm.ring_entries)
         if not self._it:
@@ -214,7 +214,7 @@ class Memory:
     """Memory that is read for the bandwidth's sake."""
 
     def __init__(self, base: Baseline, size_bytes: int) -> None:
-        self._lib = base.library
+        self._lib = base.functions
         self._ns = c_uint64()
         self.size_bytes = size_bytes
         self._words: int | None = self._lib.base_memory(size_bytes)

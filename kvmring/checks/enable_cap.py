@@ -1,4 +1,4 @@
-"""enable_cap.ring.* and what holds for KVM_ENABLE_CAP as such; enable_cap_log.py has the rest."""
+"""enable_cap.ring.* and what holds for KVM_ENABLE_CAP as such; the rest: enable_cap_bitmap.py."""
 
 from __future__ import annotations
 

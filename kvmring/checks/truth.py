@@ -8,6 +8,7 @@ INITIALLY_SET, in the first bitmap, every page of the slot.
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 from kvmring.abi import Cap, ExitReason
@@ -24,7 +25,7 @@ COLLECTIONS = 20
 PATIENCE_S = 60.0
 
 
-class Mode:
+class Mode(ABC):
     """A way to log dirty pages, and a guest under it.
 
     Args:
@@ -62,9 +63,9 @@ class Mode:
         """Have the RAM logged."""
         self.rig.ram.set_log_dirty(True)
 
+    @abstractmethod
     def collect(self) -> set[int]:
         """Return what was logged since the last time, and have it logged again from now on."""
-        raise NotImplementedError
 
     def serve(self) -> None:
         """Make room where a ring is full."""

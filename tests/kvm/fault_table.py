@@ -82,18 +82,16 @@ MUST_CATCH = {
         fork.vm.eio
     """,
     "ioctl:request=ENABLE_CAP:first=168:at=8:width=8:set=0": """
-        enable_cap.manual.at_once enable_cap.manual.new_bitmaps
         manual_protect.initially_set.clear_arms manual_protect.initially_set.existing
         manual_protect.initially_set.off manual_protect.initially_set.ones manual_protect.keeps
         manual_protect.other_arguments manual_protect.turned_off manual_protect.turned_on
     """,
     "ioctl:request=ENABLE_CAP:first=168:at=8:width=8:set=1": """
-        enable_cap.manual.at_once enable_cap.manual.new_bitmaps
         manual_protect.initially_set.clear_arms manual_protect.initially_set.off
         manual_protect.initially_set.ones manual_protect.turned_off
     """,
     "ioctl:request=ENABLE_CAP:first=168:when=0:nth=2:error=22": """
-        enable_cap.manual.any_time manual_protect.any_time manual_protect.values
+        manual_protect.any_time manual_protect.values
     """,
     "ioctl:request=ENABLE_CAP:first=223:at=8:width=4:set=65536": """
         enable_cap.ring.size enable_cap.ring.u32
@@ -111,8 +109,8 @@ MUST_CATCH = {
     "ioctl:request=ENABLE_CAP:when=-1:error=33": """
         caps.abi.enable_cap caps.manual_protect.obsolete caps.ring.not_tso
         enable_cap.bitmap.after_slot enable_cap.bitmap.flags enable_cap.bitmap.needs_ring
-        enable_cap.bitmap.unsupported enable_cap.efault enable_cap.manual.flags
-        enable_cap.manual.values enable_cap.ring.after_vcpu enable_cap.ring.either_cap
+        enable_cap.bitmap.unsupported enable_cap.efault
+        enable_cap.ring.after_vcpu enable_cap.ring.either_cap
         enable_cap.ring.least enable_cap.ring.power_of_two enable_cap.ring.refused
         enable_cap.ring.twice enable_cap.ring.zero enable_cap.unknown enable_cap.vcpu
         fork.enable_cap.eio manual_protect.einval.flags manual_protect.einval.values
@@ -121,7 +119,7 @@ MUST_CATCH = {
     "ioctl:request=ENABLE_CAP:when=-1:result=0": """
         caps.abi.enable_cap caps.manual_protect.obsolete enable_cap.bitmap.after_slot
         enable_cap.bitmap.flags enable_cap.bitmap.needs_ring enable_cap.bitmap.unsupported
-        enable_cap.efault enable_cap.manual.flags enable_cap.manual.values
+        enable_cap.efault
         enable_cap.ring.after_vcpu enable_cap.ring.either_cap enable_cap.ring.least
         enable_cap.ring.power_of_two enable_cap.ring.refused enable_cap.ring.twice
         enable_cap.ring.zero enable_cap.unknown enable_cap.vcpu fork.enable_cap.eio
@@ -176,7 +174,7 @@ MUST_CATCH = {
         signals.run.blocked
     """,
     "ioctl:request=RUN:when=0:nth=2:error=4": """
-        enable_cap.manual.with_ring memslot.move.keeps memslot.move.logs memslot.ring.recreate
+        memslot.move.keeps memslot.move.logs memslot.ring.recreate
         ring_full.harvest_is_not_enough ring_full.immediate_exit ring_full.last_again
         ring_full.no_progress ring_full.not_retired signals.ignored signals.run.immediate_exit
     """,

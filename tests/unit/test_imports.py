@@ -75,7 +75,7 @@ ORDER = [
         for group in (
             "caps",
             "enable_cap",
-            "enable_cap_log",
+            "enable_cap_bitmap",
             "memslot",
             "memslot_log",
             "get",
