@@ -9,6 +9,7 @@ import pytest
 
 from kvmring import VM, Tracker
 from kvmring.abi import PAGE_SIZE
+from kvmring.serving import RingServer
 
 from .. import soak
 from ..gates import needs_kvm
@@ -46,6 +47,7 @@ def test_the_bare_ioctl_is_caught_where_the_kernel_loses(
     kvm: System, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(VM, "reset_dirty_rings", soak.unguarded_reset)
+    monkeypatch.setattr(RingServer, "lend", soak.not_lent)
     end = time.monotonic() + 20
     seed = episodes = 0
     while time.monotonic() < end:
