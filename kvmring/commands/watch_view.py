@@ -69,7 +69,7 @@ def screen(
         if watcher.lost:
             source += f"; {watcher.lost} samples lost"
     else:
-        source = f"polled, as {watcher.why_polling}"
+        source = f"polled: {watcher.why_polling}"
     parts: list[RenderableType] = [Text(head), Text(source)]
     if rings:
         parts += ["", _figures(rings, graphs)]

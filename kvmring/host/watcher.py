@@ -257,7 +257,7 @@ class Watcher:
         tracefs: Path | None = None,
     ) -> None:
         self.process = inspect(pid)
-        self.why_polling: str | None = None if events else "not asked for"
+        self.why_polling: str | None = None if events else "events were not asked for"
         self._vcpu = vcpu
         self._top = top
         self._events: RingEvents | None = None

@@ -81,7 +81,7 @@ def test_polled_figures_agree_with_what_was_logged(other: Neighbour) -> None:
     other.flow(seconds=2.0, pages=500, every_s=0.002)
     pushed, lapped = 0, False
     with host.Watcher(other.pid, events=False) as watcher:
-        assert watcher.why_polling == "not asked for"
+        assert watcher.why_polling == "events were not asked for"
         other.go()
         while other.busy:
             for ring in watcher.follow(0.2):
