@@ -6,8 +6,9 @@ DirtyBitmap and DirtySet are what dirty logging gives. Names are the kernel's.
 A name's module is imported when the name is first used: a short command pays for what it needs.
 """
 
-import importlib
 from typing import TYPE_CHECKING
+
+from kvmring.lazy import lazy
 
 if TYPE_CHECKING:
     from kvmring.abi import Cap, DeviceType, Exit, ExitReason, page_size
@@ -100,14 +101,4 @@ _HOME = {
     for name in names.split()
 }
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy(__name__, _HOME)

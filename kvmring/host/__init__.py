@@ -5,8 +5,9 @@ vCPUs. RingObserver follows a ring by copies of it; RingEvents records KVM's tra
 other process is never written to and never stopped, and none of its descriptors is kept.
 """
 
-import importlib
 from typing import TYPE_CHECKING
+
+from kvmring.lazy import lazy
 
 if TYPE_CHECKING:
     from kvmring.host.events import EventKind, RingEvent, RingEvents
@@ -54,14 +55,4 @@ _HOME = {
     "Watcher": "watcher",
 }
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy(__name__, _HOME)

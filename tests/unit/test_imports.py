@@ -22,6 +22,7 @@ PACKAGE = Path(kvmring.__file__).parent
 
 # Each line may import the lines above it. What shares a line may not import each other.
 ORDER = [
+    {"lazy"},
     {"errors"},
     {"extras"},
     {"abi"},
