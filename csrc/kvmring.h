@@ -161,6 +161,7 @@ long kvr_vm_high_water(struct kvr_obj *vm, struct kvr_high_water *out, uint32_t 
  * What stays open: a task interrupted by what no mask keeps off (ptrace, the
  * cgroup freezer) just after the last entry returns a full count all the same.
  */
+#define KVR_SUSPECTS 1024 /* room enough: sixteen short calls' worth */
 int kvr_reset_dirty_rings(struct kvr_obj *vm, int guarded, struct kvr_gfn *suspects, uint32_t room,
 			  struct kvr_reset_result *out);
 
@@ -233,8 +234,6 @@ int kvr_respond(struct kvr_obj *vcpu, const void *buf, uint32_t len);
 
 /* serve.c: full rings, served without leaving C ------------------------- */
 
-#define KVR_SERVER_SUSPECTS 1024
-
 /* What a server did since it was last asked. */
 struct kvr_served {
 	uint64_t fulls;	       /* full rings served whole */
@@ -253,7 +252,7 @@ void kvr_server_free(struct kvr_server *server);
  * lent already. */
 int kvr_server_lend(struct kvr_server *server, struct kvr_set *set);
 /* Wait for a service under way; after it the set is the caller's, each page in it
- * is protected again but for the suspects (room: KVR_SERVER_SUSPECTS), and nothing
+ * is protected again but for the suspects (room: KVR_SUSPECTS), and nothing
  * is served.  Also without a set lent. */
 int kvr_server_take_back(struct kvr_server *server, struct kvr_served *out,
 			 struct kvr_gfn *suspects, uint32_t room);

@@ -23,7 +23,7 @@ struct kvr_server {
 	unsigned int generation;
 	struct kvr_set *set; /* NULL: not lent, nothing is served */
 	struct kvr_served served;
-	struct kvr_gfn suspects[KVR_SERVER_SUSPECTS];
+	struct kvr_gfn suspects[KVR_SUSPECTS];
 };
 
 static uint64_t now_ns(void)
@@ -78,7 +78,7 @@ int kvr_server_take_back(struct kvr_server *server, struct kvr_served *out,
 	pthread_mutex_lock(&server->lock);
 	server->set = NULL;
 	named = server->served.last.suspects;
-	if (named > room) { /* never with room for KVR_SERVER_SUSPECTS */
+	if (named > room) { /* never with room for KVR_SUSPECTS */
 		server->served.last.unknown += (uint32_t)(named - room);
 		server->served.last.suspects = named = room;
 	}
@@ -109,8 +109,8 @@ static bool serve_locked(struct kvr_server *server, struct kvr_vcpu *vcpu, uint6
 	served->entries += n < 0 ? fault.taken : (uint64_t)n;
 	if (n <= 0)
 		return false;
-	served->error = kvr_reset_dirty_rings(vcpu->obj.parent, 1, server->suspects,
-					      KVR_SERVER_SUSPECTS, &served->last);
+	served->error = kvr_reset_dirty_rings(vcpu->obj.parent, 1, server->suspects, KVR_SUSPECTS,
+					      &served->last);
 	served->resets++;
 	served->short_resets += served->last.calls > 1;
 	if (!is_whole(served))

@@ -124,7 +124,7 @@ class Lib(Protocol):
     KVR_FROZEN_VCPUS: int
     KVR_FROZEN: int
     KVR_ATTR_BYTES: int
-    KVR_SERVER_SUSPECTS: int
+    KVR_SUSPECTS: int
     KVR_ON_PUSH: int
     KVR_ON_RESET: int
     KVR_ON_EXIT: int

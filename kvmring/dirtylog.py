@@ -20,8 +20,7 @@ from kvmring.memory import MAX_SLOT, SlotTable, _unwatched
 from kvmring.target import harvest
 
 if TYPE_CHECKING:
-    import threading
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping
     from contextlib import AbstractContextManager
 
     from kvmring._kvm import Obj
@@ -127,18 +126,18 @@ class DirtyLog(Attributes):
             )
         return ResetResult(
             reset=done.reset,
-            suspects=self._suspects(done.suspects, done.unknown),
+            suspects=self._suspects(done),
             calls=done.calls,
             unknown=done.unknown,
         )
 
-    def _suspects(self, named: Iterable[tuple[int, int]], unknown: int) -> DirtySet:
+    def _suspects(self, done: ioctls.ResetCounts) -> DirtySet:
         """Make a DirtySet of suspects; when some have no name, of every page."""
         suspects = DirtySet(self)  # costs nothing while it stays empty
-        for slot, page in named:
+        for slot, page in done.suspects:
             if slot in suspects and page < len(suspects[slot]):
                 suspects[slot].set(page)
-        if unknown:
+        if done.unknown:
             for bitmap in suspects.values():
                 bitmap.set(0, num_pages=len(bitmap))
         return suspects
@@ -175,8 +174,10 @@ class DirtyLog(Attributes):
         if into is None:
             known = self.slots.get(number)
             into = DirtyBitmap(known.num_pages if known else 0)
+        if not isinstance(into, DirtyBitmap):
+            raise TypeError(f"the bitmap must be a DirtyBitmap, not {type(into).__name__}")
         try:
-            with _borrow(into):
+            with into.lock:
                 ioctls.get_dirty_log(self, number, into)
         except ValueError:  # C compares the sizes
             self._require_size(number, into)
@@ -229,10 +230,3 @@ class DirtyLog(Attributes):
         known = self.slots.get(slot)
         if known is not None and known.num_pages != len(bitmap):
             raise ValueError(f"slot {slot} has {known.num_pages} pages, the bitmap {len(bitmap)}")
-
-
-def _borrow(bitmap: DirtyBitmap) -> threading.Lock:
-    """Return what keeps others from a bitmap for one call."""
-    if not isinstance(bitmap, DirtyBitmap):
-        raise TypeError(f"the bitmap must be a DirtyBitmap, not {type(bitmap).__name__}")
-    return bitmap.lock

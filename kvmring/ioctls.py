@@ -141,9 +141,6 @@ def clear_dirty_log(vm: Handle, slot: int, bitmap: Handle, first_page: int, num_
     )
 
 
-_SUSPECTS = 1024  # sixteen short calls' worth
-
-
 class ResetCounts(NamedTuple):
     """What struct kvr_reset_result says, and the suspects as (slot, page)."""
 
@@ -153,17 +150,22 @@ class ResetCounts(NamedTuple):
     unknown: int
     suspects: list[tuple[int, int]]
 
+    @classmethod
+    def of(cls, result: Any, gfns: Any) -> ResetCounts:
+        """Read the struct, and the suspects that came with it."""
+        suspects = [(gfns[i].slot, gfns[i].offset) for i in range(result.suspects)]
+        return cls(result.reset, result.expected, result.calls, result.unknown, suspects)
+
 
 def reset_dirty_rings(vm: Handle, *, guarded: bool) -> ResetCounts:
     """KVM_RESET_DIRTY_RINGS, guarded against signals or bare; see kvr_reset_dirty_rings()."""
     result = ffi.new("struct kvr_reset_result *")
-    gfns = uninitialised("struct kvr_gfn[]", _SUSPECTS)
+    gfns = uninitialised("struct kvr_gfn[]", lib.KVR_SUSPECTS)
     check(
         "KVM_RESET_DIRTY_RINGS",
-        lib.kvr_reset_dirty_rings(vm.handle, guarded, gfns, _SUSPECTS, result),
+        lib.kvr_reset_dirty_rings(vm.handle, guarded, gfns, lib.KVR_SUSPECTS, result),
     )
-    suspects = [(gfns[i].slot, gfns[i].offset) for i in range(result.suspects)]
-    return ResetCounts(result.reset, result.expected, result.calls, result.unknown, suspects)
+    return ResetCounts.of(result, gfns)
 
 
 def create_device(vm: Handle, device_type: int, flags: int) -> Any:

@@ -83,8 +83,8 @@ class Pending:
         stats.resets += served.resets
         stats.short_resets += served.short_resets
         self._entries += served.entries
-        if served.suspects or served.unknown:
-            self._suspect(self._vm._suspects(served.suspects, served.unknown))
+        if served.last.suspects or served.last.unknown:
+            self._suspect(self._vm._suspects(served.last))
 
     def _suspect(self, pages: DirtySet) -> None:
         self.counts.suspects += pages.count()
@@ -151,12 +151,15 @@ class Pending:
     def _num_pages(self) -> int:
         return sum(bitmap.count() for bitmap in self.dirty.values())
 
+    def _duplicates(self, pages: int) -> int:
+        """Count the entries that brought none of so many pages in the set."""
+        return self._entries - (pages - self._beside) if self._rings else 0
+
     def _close_count(self) -> int:
         """Count what went into the set; what goes into the next one is counted anew."""
         pages = self._num_pages()
         self.counts.entries += self._entries
-        if self._rings:
-            self.counts.duplicates += self._entries - (pages - self._beside)
+        self.counts.duplicates += self._duplicates(pages)
         self._entries = self._beside = 0
         return pages
 
@@ -187,10 +190,9 @@ class Pending:
         """The counts at this moment; a copy."""
         with self.own():
             self.note_high_water()
-            new = self._entries - (self._num_pages() - self._beside) if self._rings else 0
             return replace(
                 self.counts,
                 entries=self.counts.entries + self._entries,
-                duplicates=self.counts.duplicates + new,
+                duplicates=self.counts.duplicates + self._duplicates(self._num_pages()),
                 high_water=dict(self.counts.high_water),
             )

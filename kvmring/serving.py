@@ -15,21 +15,21 @@ if TYPE_CHECKING:
     from kvmring._kvm import Server, Set
     from kvmring.abi import Exit
     from kvmring.dirtyset import DirtySet
+    from kvmring.ioctls import ResetCounts
     from kvmring.vcpu import VCPU
 
 __all__ = ["RingServer", "Served"]
 
 
 class Served(NamedTuple):
-    """What was done since the set was lent: struct kvr_served, and suspects as (slot, page)."""
+    """What was done since the set was lent: struct kvr_served. last: the last reset."""
 
     fulls: int
     full_ns: int
     entries: int
     resets: int
     short_resets: int
-    unknown: int
-    suspects: list[tuple[int, int]]
+    last: ResetCounts
 
 
 class RingServer:
@@ -44,7 +44,7 @@ class RingServer:
         place = out("struct kvr_server *")
         check("server", lib.kvr_server_new(place))
         self._server: Server = owner(place, lib.kvr_server_free)
-        self._suspects = uninitialised("struct kvr_gfn[]", lib.KVR_SERVER_SUSPECTS)
+        self._suspects = uninitialised("struct kvr_gfn[]", lib.KVR_SUSPECTS)
         self._lent: tuple[DirtySet, Set] | None = None  # alive for as long as C may write to it
 
     def lend(self, dirty: DirtySet) -> None:
@@ -59,18 +59,16 @@ class RingServer:
         gfns = self._suspects
         check(
             "server",
-            lib.kvr_server_take_back(self._server, served, gfns, lib.KVR_SERVER_SUSPECTS),
+            lib.kvr_server_take_back(self._server, served, gfns, lib.KVR_SUSPECTS),
         )
         self._lent = None
-        last = served.last
         return Served(
             served.fulls,
             served.full_ns,
             served.entries,
             served.resets,
             served.short_resets,
-            last.unknown,
-            [(gfns[i].slot, gfns[i].offset) for i in range(last.suspects)],
+            ioctls.ResetCounts.of(served.last, gfns),
         )
 
     def run(self, vcpu: VCPU) -> Exit:
